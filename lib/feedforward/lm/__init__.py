@@ -1,0 +1,1 @@
+"""Language models whose feed-forward layers are dense, structured or mixtures of experts."""
