@@ -1,0 +1,74 @@
+"""Render the staged book to HTML with Jupyter Book, warnings as errors, and swap it in whole."""
+
+import argparse
+import importlib.util
+import json
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+from steps import BUILD, StepFailed, step
+
+from feedforward.files import atomic_write
+
+STAGE = BUILD / "stage"
+
+
+def main() -> None:
+    """Parse the command line and render."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--output", type=Path, required=True)
+    options = parser.parse_args()
+    with step("render the HTML"):
+        pages = render()
+        with atomic_write(options.output, "w") as file:
+            json.dump({"pages": pages}, file)
+
+
+def render() -> int:
+    """Build _build/html from _build/stage; the earlier book stays until the new one is whole.
+
+    Raises:
+        StepFailed: Sphinx warned or failed; its log is kept.
+    """
+    work, log = BUILD / "sphinx", BUILD / "sphinx.log"
+    command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
+    command += ["build", str(STAGE), "--path-output", str(work)]
+    command += ["--config", str(STAGE / "_config.yml"), "--toc", str(STAGE / "_toc.yml")]
+    command += ["-W", "--keep-going"]
+    with open(log, "w") as file:
+        status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
+    if status:
+        lines = log.read_text().splitlines()
+        told = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-15:]
+        raise StepFailed("\n".join([*told[:20], f"  log: {log}"]))
+    made = work / "_build" / "html"
+    _add_mathjax(made)
+    return _publish(made, BUILD / "html")
+
+
+def _add_mathjax(html: Path) -> None:
+    """Bring the one file of MathJax that the pages load, so that they open without a network."""
+    package = importlib.util.find_spec("sphinx-mathjax-offline")
+    source = Path(package.origin).parent / "static" / "mathjax" / "tex-svg.js"
+    target = html / "_static" / "mathjax" / source.name
+    if not target.exists():
+        target.parent.mkdir(parents=True, exist_ok=True)
+        shutil.copyfile(source, target)
+
+
+def _publish(made: Path, target: Path) -> int:
+    fresh, old = target.with_name("html.new"), target.with_name("html.old")
+    for left in (fresh, old):
+        shutil.rmtree(left, ignore_errors=True)
+    shutil.copytree(made, fresh, ignore=shutil.ignore_patterns(".buildinfo*", ".doctrees"))
+    if target.exists():
+        target.rename(old)
+    fresh.rename(target)
+    shutil.rmtree(old, ignore_errors=True)
+    return len(list(target.rglob("*.html")))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

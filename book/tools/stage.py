@@ -1,0 +1,136 @@
+"""Stage the book for Jupyter Book: pages, executed or stored notebooks, ledger, runs, settings."""
+
+import argparse
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import nbformat
+import yaml
+from notebooks import BOOK, ROOT, find_notebooks
+from steps import BUILD, StepFailed, step
+
+from feedforward import claims
+from feedforward.files import atomic_write
+
+STAGE = BUILD / "stage"
+
+
+def main() -> None:
+    """Parse the command line and stage."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--profile", required=True)
+    parser.add_argument("--output", type=Path, required=True)
+    parser.add_argument("executed", nargs="*", type=Path)
+    options = parser.parse_args()
+    with step("stage the pages"):
+        try:
+            staged = stage(options.profile, options.executed)
+        except ValueError as error:
+            raise StepFailed(str(error)) from error
+        with atomic_write(options.output, "w") as file:
+            json.dump(staged, file, indent=1)
+
+
+def stage(profile: str, executed: list[Path]) -> dict[str, str]:
+    """Fill _build/stage, touching only what changed, so that Sphinx renders only that again."""
+    fresh = {path.parent.name + "/" + path.stem: path for path in executed}
+    notebooks = find_notebooks()
+    shown = {n.name: fresh.get(n.name, ROOT / n.stored) for n in notebooks}
+    pairs = {ROOT / file for n in notebooks for file in (n.source, n.stored)}
+    runs = {name: nbformat.read(path, as_version=4) for name, path in shown.items()}
+
+    content: dict[str, bytes] = {}
+    for path in sorted(BOOK.rglob("*")):
+        relative = path.relative_to(BOOK)
+        if path.is_file() and path not in pairs and relative.parts[0] != "tools":
+            content[relative.as_posix()] = path.read_bytes()
+    for name, notebook in runs.items():
+        content[f"{name}.ipynb"] = nbformat.writes(hide_plumbing(notebook)).encode()
+    generated = {
+        "ledger": claims.ledger_html,
+        "ledger-summary": claims.ledger_summary,
+        "runs": lambda: runs_table(runs),
+    }
+    for name, page in content.items():
+        if name.endswith(".md"):
+            for marker, make in generated.items():
+                mark = f"<!-- generated: {marker} -->".encode()
+                if mark in page:
+                    page = page.replace(mark, make().encode())
+            content[name] = page
+    content["changes.md"] = (ROOT / "CHANGELOG.md").read_bytes()
+    content["_config.yml"] = settings().encode()
+    content["_toc.yml"] = (ROOT / "_toc.yml").read_bytes()
+    _write(content)
+    return {name: str(path) for name, path in shown.items()}
+
+
+def hide_plumbing(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
+    """Fold what is not the point of a page: the parameters and the setup cell."""
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if {"parameters", "setup"} & set(tags) and "hide-input" not in tags:
+            cell.metadata["tags"] = [*tags, "hide-input"]
+    return notebook
+
+
+def runs_table(runs: dict[str, nbformat.NotebookNode]) -> str:
+    """The page of runs: one row a notebook, from the facts noted when it was executed."""
+    head = "| chapter | profile | seconds | hardware | versions | date | commit |"
+    rows = [head, "|---|---|--:|---|---|---|---|"]
+    for name, notebook in runs.items():
+        run = notebook.metadata.get("feedforward")
+        if not run:
+            rows.append(f"| [](/{name}) | not executed yet | | | | | |")
+            continue
+        versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
+        commit = f"`{run['commit'][:9]}`" if run["commit"] else "none"
+        commit += " (changed)" if run["dirty"] else ""
+        hardware = f"{run['device']}, {run['threads']} threads"
+        cells = [f"[](/{name})", run["profile"], f"{run['seconds']:.1f}", hardware, versions]
+        rows.append("| " + " | ".join([*cells, run["date"][:16].replace("T", " "), commit]) + " |")
+    return "\n".join(rows)
+
+
+def settings() -> str:
+    """_config.yml as Jupyter Book wants it: buttons only where a repository's address is set."""
+    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    repository = config.get("repository") or {}
+    address = (repository.get("url") or "").rstrip("/")
+    theme = config["sphinx"]["config"]["html_theme_options"]
+    if address:
+        theme |= {
+            "repository_url": address,
+            "repository_branch": repository.get("branch") or "main",
+            "path_to_docs": "book",
+            "use_repository_button": True,
+            "use_edit_page_button": True,
+            "use_issues_button": True,
+            "launch_buttons": {
+                "notebook_interface": "jupyterlab",
+                "binderhub_url": "https://mybinder.org",
+                "colab_url": "https://colab.research.google.com",
+            },
+        }
+    else:
+        config.pop("repository", None)
+    return yaml.safe_dump(config, sort_keys=False, allow_unicode=True)
+
+
+def _write(content: dict[str, bytes]) -> None:
+    for path in sorted(STAGE.rglob("*"), reverse=True):
+        if path.is_file() and path.relative_to(STAGE).as_posix() not in content:
+            path.unlink()
+        elif path.is_dir() and not any(path.iterdir()):
+            shutil.rmtree(path)
+    for name, data in content.items():
+        target = STAGE / name
+        if not target.exists() or target.read_bytes() != data:
+            with atomic_write(target) as file:
+                file.write(data)
+
+
+if __name__ == "__main__":
+    sys.exit(main())

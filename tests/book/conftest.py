@@ -1,0 +1,94 @@
+"""A small book of its own for the tests of the build: two chapters, the real tools."""
+
+import os
+import shutil
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+
+CHAPTER = """\
+---
+kernelspec:
+  display_name: Python 3
+  language: python
+  name: python3
+---
+
+# {title}
+
+```{{code-cell}}
+:tags: [parameters]
+profile = "smoke"
+seed = 0
+device = "auto"
+```
+
+```{{code-cell}}
+{code}
+```
+"""
+
+
+class SmallBook:
+    """A checkout with the project's build chain around two tiny chapters."""
+
+    def __init__(self, root: Path):
+        self.root = root
+        root.mkdir(parents=True)
+        for name in ("lib", "data/registry.toml", "Snakefile", "_config.yml", "profiles", "book/tools",
+                     "book/_static", "book/claims.yml", "pyproject.toml", "requirements.lock"):
+            source, target = ROOT / name, root / name
+            target.parent.mkdir(parents=True, exist_ok=True)
+            if source.is_dir():
+                shutil.copytree(source, target, ignore=shutil.ignore_patterns("__pycache__"))
+            else:
+                shutil.copyfile(source, target)
+        (root / "CHANGELOG.md").write_text("# Changes\n")
+        (root / "book" / "intro.md").write_text("# A small book\n")
+        (root / "book" / "references.bib").write_text("")
+        self.chapter("01-first", "from feedforward.layers import structured\nprint(1 + 1)")
+        self.chapter("02-second", "import time\nfrom feedforward import claims\nprint(2 + 2)")
+        toc = "format: jb-book\nroot: intro\nchapters:\n"
+        toc += "".join(f"  - file: foundations/{n}\n" for n in ("01-first", "02-second"))
+        (root / "_toc.yml").write_text(toc)
+
+    def chapter(self, name: str, code: str) -> None:
+        """Write (or change) a chapter's MyST source."""
+        path = self.root / "book" / "foundations" / f"{name}.md"
+        path.parent.mkdir(exist_ok=True)
+        path.write_text(CHAPTER.format(title=name, code=code))
+
+    def environment(self, **more: str) -> dict[str, str]:
+        """The surroundings of a build that uses this checkout's library and a shared data cache."""
+        cache = os.environ.get("FEEDFORWARD_CACHE", str(ROOT / ".cache" / "feedforward"))
+        return {**os.environ, "PYTHONPATH": str(self.root / "lib"), "FEEDFORWARD_CACHE": cache, **more}
+
+    def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
+        """Start a build and return at once."""
+        command = [sys.executable, str(self.root / "book" / "tools" / "build.py"), *arguments]
+        return subprocess.Popen(
+            command, cwd=self.root, env=self.environment(**environment), text=True,
+            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+        )
+
+    def build(self, *arguments: str, **environment: str) -> tuple[int, str]:
+        """Run a build to its end; its exit status and everything it printed."""
+        process = self.start(*(arguments or ("book",)), **environment)
+        output, _ = process.communicate(timeout=300)
+        return process.returncode, output
+
+    @property
+    def page(self) -> Path:
+        return self.root / "_build" / "html" / "index.html"
+
+
+@pytest.fixture(scope="session")
+def small_book(tmp_path_factory):
+    """One small book, built once, in a folder whose name has spaces; tests change and rebuild it."""
+    book = SmallBook(tmp_path_factory.mktemp("small") / "a book with spaces")
+    book.first_build = book.build()
+    return book

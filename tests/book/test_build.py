@@ -1,0 +1,155 @@
+"""The build goes on after a kill, does nothing twice, and says what went wrong.
+
+The tests share one small book and run in the order in which they stand.
+"""
+
+import json
+import os
+import signal
+import time
+
+import pytest
+
+
+def executed(output: str) -> list[str]:
+    """Names of the chapters that a build says it has executed."""
+    lines = [line for line in output.splitlines() if line.startswith("execute ")]
+    return sorted(line.split()[1].split("/")[1] for line in lines if line.endswith(" s"))
+
+
+def test_builds_in_a_path_with_spaces(small_book):
+    status, output = small_book.first_build
+    assert status == 0, output
+    assert executed(output) == ["01-first", "02-second"]
+    assert small_book.page.exists()
+    assert str(small_book.page) in output
+
+
+def test_nothing_changed_does_nothing(small_book):
+    status, output = small_book.build()
+    assert status == 0
+    assert "nothing to do" in output
+
+
+def test_one_changed_chapter_is_the_only_one_executed(small_book):
+    small_book.chapter("01-first", "from feedforward.layers import structured\nprint(1 + 2)")
+    status, output = small_book.build()
+    assert status == 0
+    assert executed(output) == ["01-first"]
+
+
+def test_an_edited_notebook_counts_as_much_as_an_edited_source(small_book):
+    stored = small_book.root / "book" / "foundations" / "01-first.ipynb"
+    notebook = json.loads(stored.read_text())
+    notebook["cells"][-1]["source"] = "from feedforward.layers import structured\nprint(1 + 3)"
+    stored.write_text(json.dumps(notebook))
+    later = time.time() + 2
+    os.utime(stored, (later, later))
+    status, output = small_book.build()
+    assert status == 0
+    assert "01-first.md follows" in output
+    assert "print(1 + 3)" in stored.with_suffix(".md").read_text()
+    assert executed(output) == ["01-first"]
+
+
+@pytest.mark.parametrize(
+    ("module", "chapters"),
+    [("layers/structured.py", ["01-first"]), ("claims.py", ["02-second"])],
+)
+def test_a_changed_module_executes_exactly_its_users(small_book, module, chapters):
+    path = small_book.root / "lib" / "feedforward" / module
+    path.write_text(path.read_text() + "\n_CHANGED = True\n")
+    status, output = small_book.build()
+    assert status == 0, output
+    assert executed(output) == chapters
+
+
+def test_a_killed_build_goes_on_and_repeats_nothing(small_book):
+    small_book.chapter("01-first", "print('quick')")
+    small_book.chapter("02-second", "import time; time.sleep(12); print('slow')")
+    process = small_book.start("book")
+    # whichever chapter comes first: kill while the slow one is at work
+    wait_for(lambda: steps_of(small_book).count("execute foundations/01-first (smoke)") == 1, 120)
+    time.sleep(5)
+    os.kill(process.pid, signal.SIGKILL)
+    process.communicate()
+    status, output = small_book.build()
+    assert status == 0, output
+    assert executed(output) == ["02-second"]
+
+
+def steps_of(book) -> list[str]:
+    steps = book.root / "_build" / "steps.jsonl"
+    lines = steps.read_text().splitlines() if steps.exists() else []
+    return [json.loads(line)["step"] for line in lines]
+
+
+def wait_for(condition, seconds: float) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+def test_two_builds_at_once(small_book):
+    small_book.chapter("02-second", "print('both')")
+    first, second = small_book.start("book"), small_book.start("book")
+    outputs = [process.communicate(timeout=300)[0] for process in (first, second)]
+    assert [first.returncode, second.returncode] == [0, 0], outputs
+    assert sorted(map(executed, outputs)) == [[], ["02-second"]]
+    assert any("another build is running" in output for output in outputs)
+
+
+def test_a_cell_that_raises(small_book):
+    before = small_book.page.read_text()
+    small_book.chapter("02-second", "x = 6\nraise ValueError('seven is wrong')")
+    status, output = small_book.build()
+    assert status != 0
+    assert "foundations/02-second.md: cell 2" in output
+    assert "ValueError: seven is wrong" in output
+    assert "the earlier book is still at" in output
+    assert small_book.page.read_text() == before
+    kept = small_book.root / "_build" / "executing" / "smoke" / "foundations"
+    assert "seven is wrong" in (kept / "02-second.log").read_text()
+    assert "raise ValueError" in (kept / "02-second.partial.ipynb").read_text()
+    small_book.chapter("02-second", "print('mended')")
+    assert small_book.build()[0] == 0
+
+
+def test_a_warning_in_a_page_fails_the_build_and_keeps_the_book(small_book):
+    before = small_book.page.read_text()
+    intro = small_book.root / "book" / "intro.md"
+    intro.write_text("# A small book\n\nSee {ref}`nowhere`.\n")
+    status, output = small_book.build("html")
+    assert status != 0
+    assert "nowhere" in output
+    assert small_book.page.read_text() == before
+    intro.write_text("# A small book\n")
+
+
+def test_unknown_profile_and_part(small_book):
+    status, output = small_book.build("book", "--profile", "smokee")
+    assert status == 2
+    assert "smoke" in output
+    assert "gpu" in output
+    status, output = small_book.build("book", "--part", "foundation")
+    assert status == 2
+    assert "foundations" in output
+    assert "Traceback" not in output
+
+
+def test_without_git_and_with_a_home_that_cannot_be_written(small_book, tmp_path):
+    home = tmp_path / "home"
+    home.write_text("a file where a folder should be: nobody, not even root, can write in it")
+    bare = tmp_path / "bin"
+    bare.mkdir()
+    for tool in ("bash", "sh", "env", "cat", "uname"):
+        (bare / tool).symlink_to(f"/usr/bin/{tool}")
+    cache = {name: str(tmp_path / name) for name in ("XDG_CACHE_HOME", "MPLCONFIGDIR", "IPYTHONDIR")}
+    jupyter = {f"JUPYTER_{n}_DIR": str(tmp_path / n) for n in ("CONFIG", "RUNTIME")}
+    small_book.chapter("01-first", "from feedforward.records import Provenance\n"
+                       "print(Provenance.here(seconds=0.0).commit)")
+    status, output = small_book.build("book", HOME=str(home), PATH=str(bare), **cache, **jupyter)
+    assert status == 0, output
+    made = small_book.root / "_build" / "executed" / "smoke" / "foundations" / "01-first.ipynb"
+    assert json.loads(made.read_text())["cells"][-1]["outputs"][0]["text"] == ["None\n"]

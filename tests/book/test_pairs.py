@@ -1,0 +1,62 @@
+"""Each chapter is a pair of files that say the same, with outputs that nbval can compare."""
+
+import json
+import sys
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "book" / "tools"))
+
+import notebooks  # noqa: E402
+
+PAIRS = notebooks.find_notebooks()
+
+
+@pytest.mark.parametrize("notebook", PAIRS, ids=lambda n: n.name)
+class TestPair:
+    def test_cells_agree(self, notebook):
+        ours, theirs = notebook.read_source(), notebook.read_stored()
+        assert notebooks.cells(ours) == notebooks.cells(theirs)
+
+    def test_one_parameters_cell(self, notebook):
+        cells = notebook.read_source().cells
+        tagged = [c for c in cells if "parameters" in c.metadata.get("tags", [])]
+        assert len(tagged) == 1
+        values = {}
+        exec(tagged[0].source, {}, values)
+        assert values == {"profile": "smoke", "seed": 0, "device": "auto"}
+
+    def test_outputs_are_stored(self, notebook):
+        stored = json.loads((ROOT / notebook.stored).read_text())
+        code = [cell for cell in stored["cells"] if cell["cell_type"] == "code"]
+        assert all(cell["execution_count"] for cell in code)
+        outputs = [output for cell in code for output in cell["outputs"]]
+        assert len(outputs) >= 5
+        assert not [output for output in outputs if output["output_type"] == "error"]
+        assert stored["metadata"]["feedforward"]["profile"] == "smoke"
+
+    def test_stays_light(self, notebook):
+        assert (ROOT / notebook.stored).stat().st_size < 400_000
+
+    def test_code_fits_the_page(self, notebook):
+        code = [c.source for c in notebook.read_source().cells if c.cell_type == "code"]
+        wide = [line for text in code for line in text.splitlines() if len(line) > 72]
+        assert not wide
+
+    def test_no_absolute_paths(self, notebook):
+        text = (ROOT / notebook.stored).read_text()
+        assert str(ROOT) not in text
+        assert "/home/" not in text
+
+
+def test_there_are_chapters():
+    assert len(PAIRS) >= 3
+
+
+def test_a_changed_cell_is_seen(tmp_path, monkeypatch):
+    notebook = PAIRS[0]
+    changed = notebook.read_stored()
+    next(c for c in changed.cells if c.cell_type == "code").source += "\nprint('more')"
+    assert notebooks.cells(changed) != notebooks.cells(notebook.read_source())
