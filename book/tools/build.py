@@ -15,7 +15,8 @@ import threading
 import time
 from pathlib import Path
 
-from feedforward.profiles import get_part, get_profile
+from feedforward.profiles import get_profile, unknown
+from notebooks import find_notebooks, find_parts, sync
 
 ROOT = Path(__file__).resolve().parents[2]
 BUILD = ROOT / "_build"
@@ -33,8 +34,8 @@ def main() -> int:
     options = parser.parse_args()
     try:
         get_profile(options.profile)
-        if options.part != "all":
-            get_part(options.part)
+        if options.part not in ("all", *find_parts()):
+            raise ValueError(unknown("part", options.part, ["all", *find_parts()]))
     except ValueError as error:
         print(error, file=sys.stderr)
         return 2
@@ -45,6 +46,9 @@ def main() -> int:
         STEPS.unlink(missing_ok=True)
         if not (BUILD / "html" / "index.html").exists():
             (BUILD / "html.json").unlink(missing_ok=True)
+        for notebook in find_notebooks():
+            if done := sync(notebook):
+                print(done)
         started = time.monotonic()
         status = _snakemake(options, lock)
         _summary(options, status, time.monotonic() - started)
@@ -57,7 +61,8 @@ def _acquire(lock) -> None:
         fcntl.flock(lock, fcntl.LOCK_EX | fcntl.LOCK_NB)
     except BlockingIOError:
         lock.seek(0)
-        print(f"another build is running (process {lock.read().strip() or '?'}): waiting for its end")
+        holder = lock.read().strip() or "?"
+        print(f"another build is running (process {holder}): waiting for its end", flush=True)
         fcntl.flock(lock, fcntl.LOCK_EX)
     lock.truncate(0)
     lock.write(str(os.getpid()))
@@ -78,7 +83,8 @@ def _snakemake(options: argparse.Namespace, lock) -> int:
         stderr=log,
         pass_fds=[lock.fileno()],
         start_new_session=True,
-        env={**os.environ, "FEEDFORWARD_BUILD": str(os.getpid()), "FEEDFORWARD_TERMINAL": _terminal()},
+        env=os.environ
+        | {"FEEDFORWARD_BUILD": str(os.getpid()), "FEEDFORWARD_TERMINAL": _terminal()},
     )
 
     def stop(*_):
@@ -140,7 +146,7 @@ def _summary(options: argparse.Namespace, status: int, seconds: float) -> None:
         kept = "; the earlier book is still at " + str(page) if page.exists() else ""
         print(f"\nthe build failed ({', '.join(failed) or 'see _build/snakemake.log'}){kept}")
     elif options.target == "references":
-        print("\nthe reference outputs are stored in book/; read the difference before you commit it")
+        print("\nthe reference outputs are stored in book/; read the difference before a commit")
     else:
         print(f"\nthe book: {page}")
 

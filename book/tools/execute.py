@@ -10,13 +10,13 @@ from pathlib import Path
 
 import nbformat
 import papermill
-from notebooks import Notebook, write
 from papermill.exceptions import PapermillExecutionError
-from steps import BUILD, StepFailed, say, step, terminal
 from tqdm.auto import tqdm  # noqa: F401 - read before TQDM_DISABLE is set for the kernels
 
 from feedforward.files import atomic_write
 from feedforward.records import Provenance
+from notebooks import Notebook, write
+from steps import BUILD, StepFailed, step, terminal
 
 
 def main() -> None:

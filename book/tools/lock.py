@@ -1,4 +1,4 @@
-"""Write requirements.lock from requirements.in: exact, hashed, without torch and without addresses."""
+"""Write requirements.lock from requirements.in: exact, hashed, without torch or addresses."""
 
 import re
 import subprocess

@@ -1,4 +1,4 @@
-"""The chapters as pairs of files: NN-name.md (MyST, for review) and NN-name.ipynb (stored outputs)."""
+"""The chapters as pairs: NN-name.md (MyST, for review) and NN-name.ipynb (stored outputs)."""
 
 import re
 from dataclasses import dataclass
@@ -42,10 +42,7 @@ class Notebook:
         code = "\n".join(
             cell.source for cell in self.read_source().cells if cell.cell_type == "code"
         )
-        closure = set()
-        for module in records.modules_of_source(code):
-            closure |= records.source_closure(module)
-        return _files_of(closure)
+        return _files_of(records.source_closure(*records.modules_of_source(code)))
 
     @staticmethod
     def modules_behind(module: str) -> list[str]:
@@ -72,6 +69,12 @@ def find_notebooks() -> list[Notebook]:
     """Every chapter with code, in the order of the book's folders."""
     paths = {path.with_suffix("") for path in BOOK.glob("*/[0-9][0-9]-*.*")}
     return [Notebook(path.relative_to(BOOK).as_posix()) for path in sorted(paths)]
+
+
+def find_parts() -> list[str]:
+    """The parts of the book: the folders that hold chapters or an opening."""
+    found = {path.parent.name for path in BOOK.glob("*/index.md")}
+    return sorted(found | {notebook.part for notebook in find_notebooks()})
 
 
 def cells(notebook: nbformat.NotebookNode) -> list[tuple]:
@@ -123,4 +126,4 @@ def _rendering(cell: nbformat.NotebookNode) -> str:
 
 
 def _files_of(modules: set[str]) -> list[str]:
-    return sorted(str(records.module_path(m).relative_to(ROOT)) for m in modules)
+    return sorted(str(records.source_file(m).relative_to(ROOT)) for m in modules)

@@ -5,10 +5,9 @@ import json
 import sys
 from pathlib import Path
 
-from steps import StepFailed, step
-
 from feedforward.files import atomic_write
 from feedforward.lm.data import prepare
+from steps import StepFailed, step
 
 
 def main() -> None:

@@ -8,9 +8,8 @@ import subprocess
 import sys
 from pathlib import Path
 
-from steps import BUILD, StepFailed, step
-
 from feedforward.files import atomic_write
+from steps import BUILD, StepFailed, step
 
 STAGE = BUILD / "stage"
 

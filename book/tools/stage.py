@@ -8,11 +8,11 @@ from pathlib import Path
 
 import nbformat
 import yaml
-from notebooks import BOOK, ROOT, find_notebooks
-from steps import BUILD, StepFailed, step
 
 from feedforward import claims
 from feedforward.files import atomic_write
+from notebooks import BOOK, ROOT, find_notebooks
+from steps import BUILD, StepFailed, step
 
 STAGE = BUILD / "stage"
 

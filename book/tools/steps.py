@@ -1,4 +1,4 @@
-"""What every step of the build shares: its line on the terminal, its time, its watch on the build."""
+"""What every step of the build shares: its line on the terminal, its time, its watch."""
 
 import contextlib
 import json

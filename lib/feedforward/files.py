@@ -1,4 +1,4 @@
-"""Files that are whole or not there: atomic writes, checksums, and where the project keeps things."""
+"""Files that are whole or not there: atomic writes, checksums, the places of things."""
 
 import contextlib
 import hashlib
@@ -80,7 +80,9 @@ def _cache_root(given: str | None) -> Path:
             return root
     except OSError as error:
         if given:
-            raise OSError(f"FEEDFORWARD_CACHE is {given!r}, which cannot be written: {error}") from error
+            raise OSError(
+                f"FEEDFORWARD_CACHE is {given!r}, which cannot be written: {error}"
+            ) from error
         fallback = Path(tempfile.mkdtemp(prefix="feedforward-"))
         warnings.warn(
             f"the cache folder {root} cannot be written ({error}); using {fallback} for this run. "

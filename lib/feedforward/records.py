@@ -355,14 +355,29 @@ def source_closure(*modules: str) -> set[str]:
     """
     closure, waiting = set(), set()
     for module in modules:
-        _source_file(module)
+        source_file(module)
         waiting |= _with_parents(module)
     while waiting:
         closure.add(module := waiting.pop())
-        is_package = _source_file(module).name == "__init__.py"
+        is_package = source_file(module).name == "__init__.py"
         package = module if is_package else module.rpartition(".")[0]
         waiting |= _modules_of(_tree(module), package) - closure
     return closure
+
+
+def source_file(module: str) -> Path:
+    """The file of a module of this library.
+
+    Raises:
+        ValueError: if there is no such module.
+    """
+    name, *rest = module.split(".")
+    base = _LIBRARY.joinpath(*rest)
+    if name == _PACKAGE:
+        for file in (base.with_name(f"{base.name}.py") if rest else base, base / "__init__.py"):
+            if file.is_file():
+                return file
+    raise ValueError(f"{module!r} is not a module of {_PACKAGE}")
 
 
 def fingerprint(*modules: str) -> str:
@@ -518,25 +533,15 @@ def _run_fingerprint(run: Callable[..., Record]) -> str:
     return hashlib.sha256(f"{own} {library}".encode()).hexdigest()[:12]
 
 
-def _source_file(module: str) -> Path:
-    name, *rest = module.split(".")
-    base = _LIBRARY.joinpath(*rest)
-    if name == _PACKAGE:
-        for file in (base.with_name(f"{base.name}.py") if rest else base, base / "__init__.py"):
-            if file.is_file():
-                return file
-    raise ValueError(f"{module!r} is not a module of {_PACKAGE}")
-
-
 def _is_module(name: str) -> bool:
     try:
-        return bool(_source_file(name))
+        return bool(source_file(name))
     except ValueError:
         return False
 
 
 def _tree(module: str) -> ast.Module:
-    return ast.parse(_source_file(module).read_text(encoding="utf-8"))
+    return ast.parse(source_file(module).read_text(encoding="utf-8"))
 
 
 def _with_parents(module: str) -> set[str]:

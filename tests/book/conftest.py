@@ -10,6 +10,11 @@ import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
 
+COPIED = [
+    *("Snakefile", "_config.yml", "pyproject.toml", "requirements.lock", "profiles", "lib"),
+    *("data/registry.toml", "book/tools", "book/_static", "book/claims.yml"),
+]
+
 CHAPTER = """\
 ---
 kernelspec:
@@ -39,8 +44,7 @@ class SmallBook:
     def __init__(self, root: Path):
         self.root = root
         root.mkdir(parents=True)
-        for name in ("lib", "data/registry.toml", "Snakefile", "_config.yml", "profiles", "book/tools",
-                     "book/_static", "book/claims.yml", "pyproject.toml", "requirements.lock"):
+        for name in COPIED:
             source, target = ROOT / name, root / name
             target.parent.mkdir(parents=True, exist_ok=True)
             if source.is_dir():
@@ -65,14 +69,19 @@ class SmallBook:
     def environment(self, **more: str) -> dict[str, str]:
         """The surroundings of a build that uses this checkout's library and a shared data cache."""
         cache = os.environ.get("FEEDFORWARD_CACHE", str(ROOT / ".cache" / "feedforward"))
-        return {**os.environ, "PYTHONPATH": str(self.root / "lib"), "FEEDFORWARD_CACHE": cache, **more}
+        own = {"PYTHONPATH": str(self.root / "lib"), "FEEDFORWARD_CACHE": cache}
+        return {**os.environ, **own, **more}
 
     def start(self, *arguments: str, **environment: str) -> subprocess.Popen:
         """Start a build and return at once."""
         command = [sys.executable, str(self.root / "book" / "tools" / "build.py"), *arguments]
         return subprocess.Popen(
-            command, cwd=self.root, env=self.environment(**environment), text=True,
-            stdout=subprocess.PIPE, stderr=subprocess.STDOUT,
+            command,
+            cwd=self.root,
+            env=self.environment(**environment),
+            text=True,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
         )
 
     def build(self, *arguments: str, **environment: str) -> tuple[int, str]:
@@ -88,7 +97,7 @@ class SmallBook:
 
 @pytest.fixture(scope="session")
 def small_book(tmp_path_factory):
-    """One small book, built once, in a folder whose name has spaces; tests change and rebuild it."""
+    """One small book, built once, in a path with spaces; the tests change and rebuild it."""
     book = SmallBook(tmp_path_factory.mktemp("small") / "a book with spaces")
     book.first_build = book.build()
     return book
