@@ -56,6 +56,12 @@ class Notebook:
             str(path.relative_to(ROOT)) for path in (ROOT / "results" / self.part).rglob("*.json")
         )
 
+    @property
+    def registry(self) -> list[str]:
+        """The registry of data sets, for a chapter that reads texts."""
+        reads = any(path.endswith("/lm/data.py") for path in self.modules)
+        return ["data/registry.toml"] if reads else []
+
     def read_source(self) -> nbformat.NotebookNode:
         """The MyST file as a notebook without outputs."""
         return jupytext.read(ROOT / self.source, fmt=FORMAT)
