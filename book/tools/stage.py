@@ -49,7 +49,7 @@ def stage(profile: str, executed: list[Path]) -> dict[str, str]:
     for name, notebook in runs.items():
         content[f"{name}.ipynb"] = nbformat.writes(hide_plumbing(notebook)).encode()
     generated = {
-        "ledger": claims.ledger_html,
+        "ledger": claims.ledger_markdown,
         "ledger-summary": claims.ledger_summary,
         "runs": lambda: runs_table(runs),
     }

@@ -7,7 +7,8 @@ writes one by hand.
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping, Sequence
+import re
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from importlib import import_module
 from pathlib import Path
@@ -17,13 +18,15 @@ import numpy as np
 import yaml
 
 from .files import checkout
-from .records import Record
+from .profiles import PROFILES
+from .records import Record, load_records
 
 CONFIDENCE = 0.95
 LEAST_SEEDS = 3
 RESAMPLES = 2000
 
-PROFILES = ("smoke", "cpu", "gpu", "paper")
+# the profiles whose records may support a claim, from the smallest scale to the largest
+SCALES = tuple(profile.name for profile in PROFILES.values() if profile.evidence)
 
 PAPERS = {
     "robust-qa": "Robust QA with experts",
@@ -226,7 +229,9 @@ def load_claims(path: str | Path | None = None) -> list[Claim]:
         raise ClaimError(f"{path}: holds {type(entries).__name__}; write a list of claims")
     claims: dict[str, Claim] = {}
     for number, entry in enumerate(entries, start=1):
-        name = entry.get("id", f"number {number}") if isinstance(entry, dict) else f"number {number}"
+        name = (
+            entry.get("id", f"number {number}") if isinstance(entry, dict) else f"number {number}"
+        )
         try:
             claim = _claim(entry)
         except ClaimError as error:
@@ -241,7 +246,7 @@ def _claim(entry: Any) -> Claim:
     required = {"id", "paper", "statement", "published", "statistics", "profile", "chapter"}
     _fields(entry, "the claim", required, {"at_least", "note"})
     _choice(entry["paper"], "paper", PAPERS)
-    _choice(entry["profile"], "profile", [name for name in PROFILES if name != "smoke"])
+    _choice(entry["profile"], "profile", SCALES)
     at_least = entry.get("at_least", {})
     if not isinstance(at_least, dict) or not all(_is_number(v) for v in at_least.values()):
         raise ClaimError(f"at_least is {at_least!r}; write metric: number")
@@ -329,7 +334,9 @@ def _choice(given: Any, what: str, allowed: Iterable[str]) -> None:
 def _text(entry: Mapping[str, Any], name: str) -> str:
     value = entry[name]
     if not isinstance(value, str) or not value.strip():
-        raise ClaimError(f"{name} is {value!r}; write a text (in quotes, if YAML reads it otherwise)")
+        raise ClaimError(
+            f"{name} is {value!r}; write a text (in quotes, if YAML reads it otherwise)"
+        )
     return value.strip()
 
 
@@ -374,6 +381,13 @@ def verdicts(claims: Iterable[Claim], records: Iterable[Record]) -> list[Verdict
     ]
 
 
+def current_verdicts() -> list[Verdict]:
+    """The verdicts of ``book/claims.yml`` on the recorded runs under ``results/``."""
+    claims = load_claims()
+    experiments = {one.experiment for claim in claims for one in claim.statistics} - {""}
+    return verdicts(claims, [run for name in sorted(experiments) for run in load_records(name)])
+
+
 def decide(low: float, high: float, band: tuple[float, float], null: float | None) -> str:
     """The verdict of an interval ``[low, high]`` on a band.
 
@@ -414,7 +428,7 @@ def evaluate(statistic: Statistic, claim: Claim, records: Sequence[Record]) -> R
     at_scale = {
         profile: arms
         for profile, arms in runs.items()
-        if PROFILES.index(profile) >= PROFILES.index(claim.profile)
+        if SCALES.index(profile) >= SCALES.index(claim.profile)
         and all(_reaches(run, claim.at_least) for arm in arms.values() for run in arm.values())
     }
     arms = _largest(at_scale or runs)
@@ -428,52 +442,8 @@ def evaluate(statistic: Statistic, claim: Claim, records: Sequence[Record]) -> R
     return Result(statistic, verdict, reason, estimate, low, high, used)
 
 
-def _judge(statistic: Statistic, arms: "_Arms") -> tuple[str, str, float, float, float]:
-    """Verdict, reason, estimate and interval from the runs of every arm."""
-    nothing = (math.nan, math.nan, math.nan)
-    components = _components(statistic)
-    logarithm = statistic.kind in ("ratio", "relative")
-    values: list[dict[tuple[str, ...], dict[int, float]]] = []
-    for terms in components:
-        groups: dict[tuple[str, ...], dict[int, float]] = {}
-        for term in terms:
-            seeds = set.intersection(*(set(arms[arm]) for arm in term.arms))
-            group = groups.setdefault(term.arms, dict.fromkeys(sorted(seeds), 0.0))
-            for seed in group:
-                value = term.value([arms[arm][seed] for arm in term.arms], logarithm)
-                if not math.isfinite(value):
-                    where = f"{term.metric} of {', '.join(term.arms)}, seed {seed},"
-                    what = "finite and positive" if logarithm else "finite"
-                    return "inconclusive", f"{where} is not {what}", *nothing
-                group[seed] += term.weight * value
-        values.append(groups)
-
-    shared = sorted(set.intersection(*(set(g) for groups in values for g in groups.values())))
-    paired = len(shared) >= LEAST_SEEDS
-    fewest = min(len(g) for groups in values for g in groups.values())
-    if paired:
-        table = np.array([[sum(g[s] for g in groups.values()) for groups in values] for s in shared])
-        mean, parts = table.mean(axis=0), [(_covariance(table), len(shared) - 1)]
-    else:
-        mean = np.array([sum(np.mean([*g.values()]) for g in groups.values()) for groups in values])
-        if fewest < LEAST_SEEDS:
-            estimate = _shown(statistic, mean)
-            return ("inconclusive", f"{_count(fewest, 'seed')}; an interval needs {LEAST_SEEDS}",
-                    estimate, math.nan, math.nan)  # fmt: skip
-        parts = _independent(values)
-    if (items := _item_covariance(components, arms, shared if paired else None, logarithm)) is not None:
-        parts.append(items)
-
-    covariance = sum(part for part, _ in parts)
-    quantile = _quantile(parts)
-    low, high = _interval(statistic, mean, covariance, quantile)
-    estimate = _shown(statistic, mean)
-    if statistic.kind == "gap" and not math.isfinite(low - high):
-        return ("inconclusive", "the gap itself is not established", estimate,
-                math.nan, math.nan)  # fmt: skip
-    verdict = decide(low, high, statistic.band, statistic.null)
-    return verdict, _REASONS[verdict], estimate, low, high
-
+# arm -> seed -> its record
+_Arms = dict[str, dict[int, Record]]
 
 _REASONS = {
     "reproduced": "the interval lies inside the band",
@@ -481,3 +451,364 @@ _REASONS = {
     "not reproduced": "the interval lies outside the band",
     "inconclusive": "the interval is too wide to decide",
 }
+
+
+@dataclass(frozen=True)
+class _Term:
+    """A weighted metric of one arm, or its slope over several arms."""
+
+    weight: float
+    arms: tuple[str, ...]
+    metric: str
+    x: str = ""
+
+    def value(self, runs: Sequence[Record], logarithm: bool) -> float:
+        """The term for one seed, unweighted; NaN where it is not defined."""
+        values = np.array([_metric(run, self.metric) for run in runs])
+        with np.errstate(divide="ignore", invalid="ignore"):
+            if not self.x:
+                return float(np.log(values[0]) if logarithm else values[0])
+            decades = np.log10([_metric(run, self.x) for run in runs])
+            decades = decades - decades.mean()
+            return float(decades @ (values - values.mean()) / (decades @ decades))
+
+
+def _components(statistic: Statistic) -> list[list[_Term]]:
+    """The statistic as weighted sums: one, or for a ``gap`` the way gone and the whole way."""
+    one, other, metric = statistic.variant, statistic.reference, statistic.metric
+    if statistic.kind == "contrast":
+        return [[_Term(weight, (arm,), name) for weight, arm, name in statistic.terms]]
+    if statistic.kind == "gap":
+        start = _Term(1.0, other, metric)
+        return [[start, _Term(-1.0, arm, metric)] for arm in (one, statistic.target)]
+    terms = [_Term(1.0, one, metric, statistic.x)]
+    if statistic.kind != "value":
+        terms.append(_Term(-1.0, other, statistic.reference_metric or metric, statistic.x))
+    return [terms]
+
+
+def _judge(statistic: Statistic, arms: _Arms) -> tuple[str, str, float, float, float]:
+    """Verdict, reason, estimate and the interval's ends, from the runs of every arm."""
+    components = _components(statistic)
+    logarithm = statistic.kind in ("ratio", "relative")
+    # per component: the arms whose seeds go together -> seed -> weighted sum
+    values: list[dict[tuple[str, ...], dict[int, float]]] = []
+    for terms in components:
+        groups: dict[tuple[str, ...], dict[int, float]] = {}
+        for term in terms:
+            seeds = sorted(set.intersection(*(set(arms[arm]) for arm in term.arms)))
+            group = groups.setdefault(term.arms, dict.fromkeys(seeds, 0.0))
+            for seed in seeds:
+                value = term.value([arms[arm][seed] for arm in term.arms], logarithm)
+                if not math.isfinite(value):
+                    what = f"{term.metric} of {', '.join(term.arms)} at seed {seed}"
+                    reason = f"{what} is not {'positive and ' * logarithm}finite"
+                    return "inconclusive", reason, math.nan, math.nan, math.nan
+                group[seed] += term.weight * value
+        values.append(groups)
+
+    seeds = [set(group) for groups in values for group in groups.values()]
+    shared = sorted(set.intersection(*seeds))
+    if len(shared) >= LEAST_SEEDS:
+        table = np.array([[sum(g[s] for g in gs.values()) for gs in values] for s in shared])
+        mean, parts = table.mean(axis=0), [(_covariance(table), len(shared) - 1)]
+    else:
+        shared = []
+        fewest = min(map(len, seeds))
+        if fewest < LEAST_SEEDS:
+            reason = f"{fewest} of the {LEAST_SEEDS} seeds that an interval needs"
+            estimate = _estimate(statistic, _means(values)) if fewest else math.nan
+            return "inconclusive", reason, estimate, math.nan, math.nan
+        mean, parts = _means(values), _independent(values)
+    if items := _item_covariance(components, arms, shared, logarithm):
+        parts.append(items)
+
+    estimate = _estimate(statistic, mean)
+    low, high = _interval(statistic, mean, sum(part for part, _ in parts), _quantile(parts))
+    if not low <= high:
+        return "inconclusive", "no gap is established", estimate, math.nan, math.nan
+    verdict = decide(low, high, statistic.band, statistic.null)
+    return verdict, _REASONS[verdict], estimate, low, high
+
+
+def _means(values: list[dict]) -> np.ndarray:
+    return np.array([sum(np.mean([*g.values()]) for g in groups.values()) for groups in values])
+
+
+def _covariance(table: np.ndarray) -> np.ndarray:
+    """The covariance of the mean of rows."""
+    return np.atleast_2d(np.cov(table, rowvar=False)) / len(table)
+
+
+def _independent(values: list[dict]) -> list[tuple[np.ndarray, int]]:
+    """The covariance of the mean with its degrees of freedom, for each group of arms by itself."""
+    parts = []
+    for arms in dict.fromkeys(arms for groups in values for arms in groups):
+        columns = [groups.get(arms) for groups in values]
+        seeds = next(column for column in columns if column)
+        table = np.array([[column[s] if column else 0.0 for column in columns] for s in seeds])
+        parts.append((_covariance(table), len(table) - 1))
+    return parts
+
+
+def _item_covariance(
+    components: list[list[_Term]], arms: _Arms, seeds: list[int], logarithm: bool
+) -> tuple[np.ndarray, int] | None:
+    """The covariance that comes from the choice of items, by a bootstrap paired over the arms.
+
+    None where a record lacks scores of single items. Arms that were scored on the same items are
+    resampled together.
+    """
+    draws: dict[tuple[str, ...], np.ndarray] = {}
+    estimates = []
+    for terms in components:
+        total = 0.0
+        for term in terms:
+            runs = [run for s, run in arms[term.arms[0]].items() if s in seeds or not seeds]
+            scores = [run.metrics.get("items", {}).get(term.metric) for run in runs]
+            if term.x or not all(scores) or len({frozenset(one) for one in scores}) > 1:
+                return None
+            ids = tuple(sorted(scores[0]))
+            means = np.array([[one[name] for name in ids] for one in scores])
+            for run, row in zip(runs, means, strict=True):
+                if not math.isclose(
+                    row.mean(), run.metrics[term.metric], rel_tol=1e-3, abs_tol=1e-6
+                ):
+                    raise ClaimError(
+                        f"record {run.experiment}/{run.variant}, seed {run.seed}: the items of "
+                        f"{term.metric} have the mean {row.mean():g}, the metric is "
+                        f"{run.metrics[term.metric]:g}; record both in one unit"
+                    )
+            if ids not in draws:
+                generator = np.random.default_rng(0)
+                shares = generator.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), RESAMPLES)
+                draws[ids] = shares / len(ids)
+            resampled = draws[ids] @ means.mean(axis=0)
+            with np.errstate(divide="ignore"):
+                total = total + term.weight * (np.log(resampled) if logarithm else resampled)
+        estimates.append(total)
+    covariance = np.atleast_2d(np.cov(estimates))
+    return (covariance, min(map(len, draws)) - 1) if np.isfinite(covariance).all() else None
+
+
+def _quantile(parts: list[tuple[np.ndarray, int]]) -> float:
+    """Student's t for a sum of estimated variances (Welch and Satterthwaite)."""
+    from scipy.stats import t
+
+    sizes = [(float(np.trace(part)), freedom) for part, freedom in parts]
+    spread = sum(size**2 / freedom for size, freedom in sizes)
+    total = sum(size for size, _ in sizes)
+    freedom = total**2 / spread if spread else min(freedom for _, freedom in sizes)
+    return float(t.ppf(0.5 + CONFIDENCE / 2, freedom))
+
+
+def _estimate(statistic: Statistic, mean: np.ndarray) -> float:
+    if statistic.kind == "gap":
+        return float(mean[0] / mean[1]) if mean[1] else math.nan
+    if statistic.kind in ("ratio", "relative"):
+        ratio = math.exp(mean[0])
+        return 100 * (ratio - 1) if statistic.kind == "relative" else ratio
+    return float(mean[0])
+
+
+def _interval(
+    statistic: Statistic, mean: np.ndarray, covariance: np.ndarray, quantile: float
+) -> tuple[float, float]:
+    """The ends of the interval; NaN for a gap that is itself not above zero."""
+    if statistic.kind == "gap":
+        (gone, whole), (v, c, w) = mean, (covariance[0, 0], covariance[0, 1], covariance[1, 1])
+        a = whole**2 - quantile**2 * w
+        b = gone * whole - quantile**2 * c
+        inner = b**2 - a * (gone**2 - quantile**2 * v)
+        if whole <= 0 or a <= 0:
+            return math.nan, math.nan
+        reach = math.sqrt(max(inner, 0.0))
+        return (b - reach) / a, (b + reach) / a
+    half = quantile * math.sqrt(covariance[0, 0])
+    low, high = (_estimate(statistic, mean + shift) for shift in (-half, half))
+    return low, high
+
+
+def _exact(statistic: Statistic) -> Result:
+    """Printed numbers against counted ones: exact where every relative error is in the band."""
+    module, _, name = statistic.check.partition(":")
+    try:
+        cells = getattr(import_module(module), name)()
+    except (ImportError, AttributeError) as error:
+        raise ClaimError(f"check {statistic.check!r} cannot be loaded: {error}") from error
+    errors = [abs(counted / printed - 1) for _, printed, counted in cells]
+    inside = [statistic.band[0] <= error <= statistic.band[1] for error in errors]
+    reason = f"{sum(inside)} of {len(inside)} numbers agree; largest deviation {max(errors):.1%}"
+    worst = max(errors)
+    verdict = "exact" if all(inside) else "not reproduced"
+    return Result(statistic, verdict, reason, worst, worst, worst)
+
+
+def _by_profile(statistic: Statistic, records: Iterable[Record]) -> dict[str, _Arms]:
+    """The runs that a statistic can use, at each profile at which every arm has one."""
+    needed: dict[str, set[str]] = {arm: set() for arm in statistic.arms}
+    for terms in _components(statistic):
+        for term in terms:
+            for arm in term.arms:
+                needed[arm] |= {term.metric, term.x} - {""}
+    found: dict[str, _Arms] = {profile: {} for profile in SCALES}
+    for record in records:
+        arm = record.variant
+        if record.experiment != statistic.experiment or record.profile not in found:
+            continue
+        if arm in needed and needed[arm] <= record.metrics.keys():
+            runs = found[record.profile].setdefault(arm, {})
+            if record.seed in runs:
+                raise ClaimError(
+                    f"two records of {statistic.experiment}/{record.profile}/{arm} with seed "
+                    f"{record.seed} (keys {runs[record.seed].key}, {record.key}); keep one"
+                )
+            runs[record.seed] = record
+    return {profile: arms for profile, arms in found.items() if arms.keys() == needed.keys()}
+
+
+def _largest(runs: Mapping[str, _Arms]) -> _Arms:
+    """The runs of the largest profile with enough seeds, else of the largest."""
+    enough = [arms for arms in runs.values() if min(map(len, arms.values())) >= LEAST_SEEDS]
+    return (enough or list(runs.values()))[-1]
+
+
+def _what_lacks(statistic: Statistic, records: Iterable[Record]) -> str:
+    made = {
+        record.variant
+        for record in records
+        if record.experiment == statistic.experiment and record.profile in SCALES
+    }
+    lacking = [arm for arm in statistic.arms if arm not in made]
+    if len(lacking) == len(statistic.arms):
+        return "no recorded run yet"
+    if lacking:
+        return f"no recorded run yet of {', '.join(lacking)}"
+    return "no profile at which every arm has a recorded run with the metrics it needs"
+
+
+def _reaches(record: Record, at_least: Mapping[str, float]) -> bool:
+    return all(_metric(record, name) >= value for name, value in at_least.items())
+
+
+def _metric(record: Record, name: str) -> float:
+    value = record.metrics.get(name)
+    return float(value) if _is_number(value) else math.nan
+
+
+# The ledger -------------------------------------------------------------------------------------
+
+
+def ledger_rows(verdicts: Iterable[Verdict] | None = None) -> list[dict[str, str]]:
+    """The ledger as texts, one dict a claim: what a table or another page shows of it.
+
+    Args:
+        verdicts: by default those of the book's claims on the recorded runs.
+    """
+    return [
+        {
+            "claim": one.claim.id,
+            "paper": PAPERS[one.claim.paper],
+            "statement": one.claim.statement,
+            "the paper": "; ".join(f"{_minus(p.value)} ({p.mark})" for p in one.claim.published),
+            "ours": _ours(one),
+            "scale": _scale(one),
+            "verdict": one.verdict,
+            "because": one.reason,
+            "chapter": one.claim.chapter,
+        }
+        for one in (current_verdicts() if verdicts is None else verdicts)
+    ]
+
+
+def ledger_markdown(verdicts: Iterable[Verdict] | None = None) -> str:
+    """The ledger as MyST: a list table of class ``ledger``, one row a claim.
+
+    Each row has the target ``claim-<id>`` (the roles ``ref`` and ``numref`` reach it) and carries
+    its paper and verdict as data attributes, which ``_static/ledger.js`` filters by.
+    """
+    verdicts = list(verdicts)
+    lines = [
+        ":::::{list-table}",
+        ":class: ledger",
+        ":header-rows: 1",
+        ":widths: 8 28 18 14 12 12 8",
+    ]
+    heads = ("Claim", "Statement", "The paper's number", "Ours", "Scale", "Verdict", "Chapter")
+    lines += ["", *_cells([[head] for head in heads])]
+    for one, row in zip(verdicts, ledger_rows(verdicts), strict=True):
+        claim, verdict = one.claim, one.verdict
+        tag = f'class="claim" data-paper="{row["paper"]}" data-verdict="{verdict}"'
+        kind = verdict.replace(" ", "-")
+        lines += _cells(
+            [
+                [f"(claim-{claim.id})=", f"<span {tag}>{claim.id}</span>"],
+                [claim.statement, *([f"*{claim.note}*"] if claim.note else [])],
+                [f'{_minus(p.value)} <span class="mark">{p.mark}</span>' for p in claim.published],
+                row["ours"].split("; "),
+                [row["scale"]],
+                [f'<span class="verdict verdict-{kind}">{verdict}</span>', row["because"]],
+                [f"{{doc}}`/{claim.chapter}`"],
+            ]
+        )
+    return "\n".join([*lines, ":::::", ""])
+
+
+def ledger_summary(verdicts: Iterable[Verdict] | None = None) -> str:
+    """How many claims of each paper have which verdict, as a Markdown table."""
+    verdicts = current_verdicts() if verdicts is None else list(verdicts)
+    columns = [v for v in reversed(VERDICTS) if any(one.verdict == v for one in verdicts)]
+    lines = [f"| paper | claims | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
+    for paper, title in PAPERS.items():
+        mine = [one.verdict for one in verdicts if one.claim.paper == paper]
+        counts = " | ".join(str(mine.count(verdict)) for verdict in columns)
+        lines.append(f"| {title} | {len(mine)} | {counts} |")
+    return "\n".join(lines) + "\n"
+
+
+def _cells(cells: list[list[str]]) -> list[str]:
+    """The rows of a list table; a cell is a list of paragraphs."""
+    lines = []
+    for number, paragraphs in enumerate(cells):
+        text = "\n\n".join(paragraphs).replace(")=\n\n", ")=\n")
+        first, *rest = text.split("\n")
+        lines.append(f"{'* -' if not number else '  -'} {first}")
+        lines += [f"    {line}".rstrip() for line in rest]
+    return lines
+
+
+def _minus(text: str) -> str:
+    """The text with minus signs for the hyphens before digits."""
+    return re.sub(r"(?<!\w)-(?=\d)", "−", text)
+
+
+def _ours(verdict: Verdict) -> str:
+    shown = [_result(one) for one in verdict.results if not math.isnan(one.estimate)]
+    return "; ".join(shown) or "–"
+
+
+def _result(result: Result) -> str:
+    statistic = result.statistic
+    if statistic.kind == "exact":
+        return result.reason
+    sign = "+" if statistic.null == 0 else ""
+    width = result.high - result.low
+    decimals = max(0, 1 - math.floor(math.log10(width))) if width > 0 else 3
+    text = f"{result.estimate:{sign}.{decimals}f}"
+    if not math.isnan(width):
+        text += f" [{result.low:{sign}.{decimals}f}, {result.high:{sign}.{decimals}f}]"
+    name = f"{statistic.of}: " if statistic.of else ""
+    return f"{name}{_minus(text)} {statistic.unit}".rstrip()
+
+
+def _scale(verdict: Verdict) -> str:
+    runs = [run for result in verdict.results for run in result.records]
+    if not runs:
+        return "counted" if verdict.verdict == "exact" else "–"
+    profiles = "/".join(dict.fromkeys(run.profile for run in runs))
+    arms: dict[tuple[str, str], set[int]] = {}
+    for run in runs:
+        arms.setdefault((run.profile, run.variant), set()).add(run.seed)
+    seeds = min(map(len, arms.values()))
+    devices = "; ".join(dict.fromkeys(run.provenance.device for run in runs))
+    return f"{profiles}, {seeds} seed{'s' * (seeds != 1)}, {devices}"
