@@ -118,7 +118,7 @@ def test_formulas_come_from_a_bundled_file():
         assert any("mathjax/tex-svg.js" in script for script in scripts)
 
 
-# -- in a browser -----------------------------------------------------------------------------------
+# -- in a browser ----------------------------------------------------------------------------------
 
 needs_browser = pytest.mark.skipif(not CHROMIUM, reason="no Chromium (Debian package chromium)")
 
@@ -135,8 +135,8 @@ CONTRAST = """
     return [255, 255, 255];
   };
   const faint = [];
-  for (const e of document.querySelectorAll(
-      'article p, article li, article td, article th, article figcaption, article h1, article h2')) {
+  const texts = ['p', 'li', 'td', 'th', 'figcaption', 'h1', 'h2'].map(t => 'article ' + t);
+  for (const e of document.querySelectorAll(texts.join())) {
     const text = e.textContent.trim();
     if (!text || !e.offsetParent) continue;
     const a = light(numbers(getComputedStyle(e).color)), b = light(behind(e));
