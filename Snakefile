@@ -119,7 +119,7 @@ rule stage:
         pages=STATIC,
         results=RESULTS,
         code=Notebook.modules_behind("feedforward.claims"),
-        config=["_config.yml", "_toc.yml", "CHANGELOG.md"],
+        config=["_config.yml", "_toc.yml", "CHANGELOG.md", "data/README.md"],
         tool="book/tools/stage.py",
     params:
         profile=PROFILE if EXECUTE else "stored",

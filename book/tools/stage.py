@@ -15,6 +15,8 @@ from notebooks import BOOK, ROOT, find_notebooks
 from steps import BUILD, StepFailed, step
 
 STAGE = BUILD / "stage"
+#: what the book shows or needs of files that live elsewhere in the checkout
+BORROWED = {"changes.md": "CHANGELOG.md", "data.md": "data/README.md", "_toc.yml": "_toc.yml"}
 
 
 def main() -> None:
@@ -60,9 +62,9 @@ def stage(profile: str, executed: list[Path]) -> dict[str, str]:
                 if mark in page:
                     page = page.replace(mark, make().encode())
             content[name] = page
-    content["changes.md"] = (ROOT / "CHANGELOG.md").read_bytes()
+    for name, path in BORROWED.items():
+        content[name] = (ROOT / path).read_bytes()
     content["_config.yml"] = settings().encode()
-    content["_toc.yml"] = (ROOT / "_toc.yml").read_bytes()
     _write(content)
     return {name: str(path) for name, path in shown.items()}
 

@@ -52,6 +52,7 @@ class SmallBook:
             else:
                 shutil.copyfile(source, target)
         (root / "CHANGELOG.md").write_text("# Changes\n")
+        (root / "data" / "README.md").write_text("# Data\n")
         (root / "book" / "intro.md").write_text("# A small book\n")
         (root / "book" / "references.bib").write_text("")
         self.chapter("01-first", "from feedforward.layers import structured\nprint(1 + 1)")
