@@ -108,7 +108,7 @@ def load_experiment(part: str) -> "ModuleType":
         ValueError: if no part of this name has an experiment, with the nearest name.
         TypeError: if the module lacks ``grid`` or ``run``.
     """
-    if part not in EXPERIMENTS:
+    if not isinstance(part, str) or part not in EXPERIMENTS:
         raise ValueError(unknown("part", part, EXPERIMENTS))
     module = importlib.import_module(EXPERIMENTS[part])
     for name in ("grid", "run"):
