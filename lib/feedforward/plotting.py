@@ -1,0 +1,352 @@
+"""Figures in one style: readable in the light and the dark theme, on a phone, and without colour.
+
+A line with a band is what was recorded; dots are what ran on the reader's machine. Every arm of a
+comparison has its own colour and marker through the whole book.
+"""
+
+import html
+import io
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+import matplotlib.pyplot as plt
+import numpy as np
+from matplotlib.colors import to_rgb
+
+from .records import Record
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+STYLE = Path(__file__).with_name("book.mplstyle")
+
+INK = "#7a7a7a"
+#: Told apart by readers with red-green blindness too: CIELAB distances of 25 and more.
+PALETTE = ("#0095f9", "#e4720e", "#7c9961", "#7c5598", "#c52023", "#444afc")
+_BLUE, _ORANGE, _GREEN, _PURPLE, _RED, _INDIGO = PALETTE
+
+#: Width of a figure in inches. Shown 350 pixels wide on a phone, its letters stay legible.
+WIDTH = 4.8
+#: An SVG picture above this many bytes is shown as PNG.
+LARGEST_SVG = 60_000
+
+
+@dataclass(frozen=True)
+class Arm:
+    """How one arm of a comparison is drawn everywhere in the book."""
+
+    color: str
+    marker: str
+
+
+ARMS = {
+    "dense": Arm(INK, "o"),
+    "baseline": Arm(INK, "o"),
+    "lowrank": Arm(_BLUE, "s"),
+    "blockdense": Arm(_ORANGE, "D"),
+    "blockshuffle": Arm(_GREEN, "^"),
+    "premerged": Arm(_PURPLE, "v"),
+    "wide-structured": Arm(_INDIGO, "P"),
+    "gqa": Arm(_RED, "X"),
+    "moe": Arm(_PURPLE, "s"),
+    "switch": Arm(_RED, "^"),
+    "vanilla-moe": Arm(_PURPLE, "s"),
+    "adamoe": Arm(_INDIGO, "D"),
+    "csmoe": Arm(_ORANGE, "v"),
+    "single-expert": Arm(_GREEN, "P"),
+    "tuned": Arm(_BLUE, "D"),
+    "eda": Arm(_GREEN, "v"),
+    "back-translation": Arm(_ORANGE, "P"),
+}
+
+# what follows an arm's name in a variant, such as the 63 of lowrank-63 -> the dash of its line
+_DASHES = {"63": "--", "guided": "-.", "unbalanced": "--", "matched": "--"}
+
+
+def style() -> None:
+    """Set the book's style for every figure that follows, seaborn's included."""
+    import seaborn
+
+    plt.style.use(STYLE)
+    seaborn.set_palette([INK, *PALETTE])
+
+
+def arm(variant: str) -> Arm:
+    """The colour and marker of a variant: of the longest arm's name that it begins with.
+
+    >>> arm("lowrank-32-guided") == arm("lowrank")
+    True
+
+    Raises:
+        ValueError: if no arm has this name.
+    """
+    names = [name for name in ARMS if f"{variant}-".startswith(f"{name}-")]
+    if not names:
+        raise ValueError(
+            f"no arm is named {variant!r}; a variant begins with one of {', '.join(ARMS)}: "
+            "name it so, or give the new arm a colour and a marker in plotting.ARMS"
+        )
+    return ARMS[max(names, key=len)]
+
+
+def line_style(variant: str) -> dict[str, Any]:
+    """The keywords that draw a variant's line: colour and dash.
+
+    >>> line_style("lowrank-63")
+    {'color': '#0095f9', 'linestyle': '--'}
+    """
+    dashes = [_DASHES[word] for word in variant.split("-") if word in _DASHES]
+    return {"color": arm(variant).color, "linestyle": dashes[-1] if dashes else "-"}
+
+
+def figure(
+    rows: int = 1, columns: int = 1, *, height: float = 3.0, **options: Any
+) -> tuple["Figure", Any]:
+    """A figure of the book's width with its axes, as ``plt.subplots`` returns them.
+
+    Args:
+        rows: of axes.
+        columns: of axes; more than one only where the axes need no numbers.
+        height: of one row, in inches.
+        options: go to ``plt.subplots``.
+    """
+    style()
+    return plt.subplots(rows, columns, figsize=(WIDTH, height * rows), **options)
+
+
+def show(figure: "Figure", *, varies: bool = False) -> None:
+    """Display a figure in a notebook: as SVG where that is small, else as PNG.
+
+    Args:
+        figure: is closed.
+        varies: whether it shows what this machine measured. Then it is a PNG, which the regression
+            of the notebooks does not compare.
+    """
+    from IPython.display import display
+
+    content: dict[str, Any] = {"text/plain": "<Figure>"}
+    vector = io.BytesIO()
+    if not varies:
+        figure.savefig(vector, format="svg", metadata={"Date": None, "Creator": None})
+    if 0 < vector.tell() <= LARGEST_SVG:
+        content["image/svg+xml"] = vector.getvalue().decode()
+    else:
+        pixels = io.BytesIO()
+        figure.savefig(pixels, format="png", dpi=200)
+        content["image/png"] = pixels.getvalue()
+    plt.close(figure)
+    display(content, raw=True)
+
+
+def curve_with_band(
+    ax: "Axes",
+    records: Iterable[Record],
+    curve: str,
+    *,
+    x: str = "step",
+    y: str = "value",
+    label: str | None = None,
+) -> None:
+    """Draw the mean curve of one variant over its seeds, with a 95 % t interval from three on.
+
+    Args:
+        ax: to draw into.
+        records: of one variant, one a seed.
+        curve: the name of the curve in the records.
+        x: the curve's list for the horizontal axis.
+        y: the curve's list for the vertical axis.
+        label: in the legend; by default the variant.
+
+    Raises:
+        ValueError: if there are no records or of several variants, if one lacks the curve, or if
+            they have no step in common.
+    """
+    records = list(records)
+    variants = sorted({record.variant for record in records})
+    if len(variants) != 1:
+        raise ValueError(f"a curve needs records of one variant; given are those of {variants}")
+    curves = [dict(zip(*_points(record, curve, x, y), strict=True)) for record in records]
+    common = sorted(set.intersection(*(set(points) for points in curves)))
+    if not common:
+        raise ValueError(f"the records of {variants[0]} have no {x} of {curve!r} in common")
+    values = np.array([[points[at] for at in common] for points in curves])
+    mean = values.mean(axis=0)
+    drawn = line_style(variants[0])
+    ax.plot(common, mean, label=label or variants[0], **drawn)
+    if len(curves) >= 3:
+        from scipy.stats import t
+
+        half = t.ppf(0.975, len(curves) - 1) * values.std(axis=0, ddof=1) / len(curves) ** 0.5
+        ax.fill_between(common, mean - half, mean + half, color=drawn["color"], alpha=0.2, lw=0)
+
+
+def recorded_and_live(
+    ax: "Axes",
+    recorded: Iterable[Record],
+    live: Record | Iterable[Record] | None,
+    curve: str,
+    *,
+    x: str = "step",
+    y: str = "value",
+    labels: Mapping[str, str] | None = None,
+) -> None:
+    """Draw what was recorded as lines with bands and what ran here as dots, one colour an arm.
+
+    Args:
+        ax: to draw into.
+        recorded: records of any number of variants and seeds.
+        live: the reader's record or records; None for none.
+        curve: the name of the curve in the records.
+        x: the curve's list for the horizontal axis.
+        y: the curve's list for the vertical axis.
+        labels: what the legend calls a variant; by default its name.
+    """
+    labels = labels or {}
+    recorded = list(recorded)
+    drawn = dict.fromkeys(record.variant for record in recorded)
+    for variant in drawn:
+        same = [record for record in recorded if record.variant == variant]
+        curve_with_band(ax, same, curve, x=x, y=y, label=labels.get(variant))
+    for record in [live] if isinstance(live, Record) else live or ():
+        name = record.variant
+        label = None if name in drawn else f"{labels.get(name, name)} (live)"
+        drawn[name] = None
+        look = arm(name)
+        across, up = _points(record, curve, x, y)
+        ax.plot(across, up, look.marker, color=look.color, ms=4.5, label=label, zorder=3)
+    if drawn:
+        ax.legend()
+
+
+def matrix_picture(ax: "Axes", matrix: Any, *, title: str = "") -> None:
+    """Draw a matrix: blue above zero, orange below, stronger where larger, nothing at zero.
+
+    Args:
+        ax: to draw into; its ticks and grid go.
+        matrix: a tensor or array of shape (rows, columns).
+        title: above it.
+
+    Raises:
+        ValueError: if it is not a matrix of finite numbers.
+    """
+    if hasattr(matrix, "detach"):
+        matrix = matrix.detach().float().cpu()
+    values = np.asarray(matrix, dtype=float)
+    if values.ndim != 2 or not values.size or not np.isfinite(values).all():
+        raise ValueError(
+            f"a picture needs a matrix of finite numbers; given is one of shape {values.shape}"
+        )
+    picture = np.zeros((*values.shape, 4))
+    picture[values > 0, :3] = to_rgb(_BLUE)
+    picture[values < 0, :3] = to_rgb(_ORANGE)
+    largest = np.abs(values).max()
+    if largest:
+        # the square root keeps small entries visible beside large ones
+        picture[..., 3] = np.sqrt(np.abs(values) / largest)
+    ax.imshow(picture, interpolation="nearest")
+    ax.set(title=title, xticks=[], yticks=[])
+    ax.grid(False)
+    for spine in ax.spines.values():
+        spine.set_visible(True)
+
+
+@dataclass(frozen=True)
+class RoutingMap:
+    """Tokens in the colours of their experts, as text that wraps on any screen.
+
+    Each token carries the numbers of its experts too, so colour is never the only sign.
+    """
+
+    tokens: tuple[str, ...]
+    experts: tuple[tuple[int, ...], ...]
+
+    def __repr__(self) -> str:
+        return " ".join(
+            f"{token}[{','.join(map(str, chosen))}]"
+            for token, chosen in zip(self.tokens, self.experts, strict=True)
+        )
+
+    def _repr_html_(self) -> str:
+        pieces = []
+        for token, chosen in zip(self.tokens, self.experts, strict=True):
+            color = PALETTE[chosen[0] % len(PALETTE)] if chosen else INK
+            look = f"border-bottom:3px solid {color};background:{color}2e"
+            number = f"<sub>{','.join(map(str, chosen)) or '–'}</sub>"
+            pieces.append(
+                f'<span style="{look};padding:0 .15em;border-radius:2px;white-space:pre">'
+                f"{html.escape(token)}{number}</span>"
+            )
+        return f'<p class="routing-map" style="line-height:2.1">{" ".join(pieces)}</p>'
+
+
+def routing_map(tokens: Sequence[str], experts: Any) -> RoutingMap:
+    """Which expert each token of a text went to, in colours.
+
+    Args:
+        tokens: T texts.
+        experts: the chosen experts, shape (T,) or (T, k), best first; a negative number means that
+            the token was dropped.
+
+    >>> routing_map(["the", "cat"], [[0, 2], [1, -1]])
+    the[0,2] cat[1]
+
+    Raises:
+        ValueError: if the lengths differ.
+    """
+    chosen = np.asarray(experts.cpu() if hasattr(experts, "cpu") else experts)
+    if chosen.ndim not in (1, 2) or len(chosen) != len(tokens):
+        raise ValueError(
+            f"{len(tokens)} tokens need as many rows of experts; given is the shape {chosen.shape}"
+        )
+    rows = chosen.reshape(len(tokens), -1).tolist()
+    return RoutingMap(
+        tuple(map(str, tokens)), tuple(tuple(e for e in row if e >= 0) for row in rows)
+    )
+
+
+def caption(recorded: Record | Iterable[Record] = (), live: Record | Iterable[Record] = ()) -> str:
+    """One or two sentences that say where a figure's numbers come from, made from provenance.
+
+    Args:
+        recorded: the records behind the lines.
+        live: the records behind the dots.
+    """
+    sentences = []
+    for name, given in (("Line: recorded", recorded), ("Dots: live", live)):
+        records = [given] if isinstance(given, Record) else list(given)
+        if records:
+            sentences.append(f"{name}, {_origin(records)}.")
+    return " ".join(sentences)
+
+
+def _origin(records: list[Record]) -> str:
+    """Scale, seeds, steps, hardware and date of records, in words."""
+    profiles = "/".join(sorted({record.profile for record in records}))
+    seeds = sorted({record.seed for record in records})
+    words = [f"profile {profiles}"]
+    words.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds")
+    lengths = sorted({int(n) for record in records if (n := record.config.get("steps"))})
+    if lengths:
+        words.append(
+            "–".join(f"{n:,}" for n in dict.fromkeys((lengths[0], lengths[-1]))) + " steps"
+        )
+    words.append("; ".join(dict.fromkeys(record.provenance.device for record in records)))
+    threads = sorted({record.provenance.threads for record in records})
+    if len(threads) == 1:
+        words.append(f"{threads[0]} thread{'s' * (threads[0] != 1)}")
+    days = sorted({record.provenance.date[:10] for record in records})
+    words.append(" to ".join(dict.fromkeys((days[0], days[-1]))))
+    return ", ".join(words)
+
+
+def _points(record: Record, curve: str, x: str, y: str) -> tuple[list[float], list[float]]:
+    if curve not in record.curves:
+        raise ValueError(
+            f"the record of {record.variant}, seed {record.seed}, has no curve {curve!r}; "
+            f"it has {sorted(record.curves)}"
+        )
+    points = record.curves[curve]
+    return points[x], points[y]
