@@ -70,7 +70,7 @@ _KINDS = {
     "contrast": ({"terms"}, set()),
     "gap": ({"variant", "reference", "target", "metric"}, set()),
     "slope": ({"variant", "reference", "metric", "x"}, set()),
-    "exact": ({"check"}, set()),
+    "exact": ({"check", "printed"}, set()),
 }
 
 
@@ -100,11 +100,22 @@ class Statistic:
             (variant over reference), ``relative`` (the ratio's gain in percent), ``contrast``
             (any weighted sum of metrics), ``gap`` (share of the way from reference to target that
             the variant goes), ``slope`` (of the metric per decade of ``x`` over the variants of a
-            list, minus the same of the reference list) or ``exact`` (a function that counts).
+            list, minus the same of the reference list) or ``exact`` (printed numbers against
+            those that a function counts).
         experiment: the experiment whose records are read.
         band: ``(low, high)``, either end may be infinite.
         of: a short name, shown where a claim has more than one statistic.
         unit: what the estimate is measured in, as printed.
+        variant, reference, target: names of variants; one each, of a ``slope`` several.
+        metric: the name of a number in the records' metrics.
+        reference_metric: the reference's, where it is another one.
+        against: of a ``value``: what it would be without an effect.
+        x: of a ``slope``: the metric whose decades count.
+        terms: of a ``contrast``: weights, variants and metrics.
+        check: of an ``exact`` claim: ``module:function`` of this library; it takes the name of a
+            printed number and returns the counted one.
+        printed: of an ``exact`` claim: the printed numbers by name; the band is of the relative
+            errors.
     """
 
     kind: str
@@ -121,6 +132,7 @@ class Statistic:
     x: str = ""
     terms: tuple[tuple[float, str, str], ...] = ()
     check: str = ""
+    printed: Mapping[str, float] = field(default_factory=dict)
 
     @property
     def null(self) -> float | None:
@@ -229,9 +241,8 @@ def load_claims(path: str | Path | None = None) -> list[Claim]:
         raise ClaimError(f"{path}: holds {type(entries).__name__}; write a list of claims")
     claims: dict[str, Claim] = {}
     for number, entry in enumerate(entries, start=1):
-        name = (
-            entry.get("id", f"number {number}") if isinstance(entry, dict) else f"number {number}"
-        )
+        name = entry.get("id") if isinstance(entry, dict) else None
+        name = name or f"number {number}"
         try:
             claim = _claim(entry)
         except ClaimError as error:
@@ -275,8 +286,8 @@ def _statistic(entry: Any) -> Statistic:
     _choice(entry.get("kind"), "kind of statistic", _KINDS)
     required, further = _KINDS[entry["kind"]]
     common = {"kind", "band"} | ({"experiment"} if entry["kind"] != "exact" else set())
-    _fields(entry, f"a statistic of kind {entry['kind']!r}", common | required,
-            further | {"of", "unit"})  # fmt: skip
+    what = f"a statistic of kind {entry['kind']!r}"
+    _fields(entry, what, common | required, further | {"of", "unit"})
     values: dict[str, Any] = {"experiment": "", "band": _band(entry["band"])}
     for name in ("kind", "experiment", "of", "unit", "metric", "reference_metric", "x", "check"):
         if name in entry:
@@ -293,6 +304,13 @@ def _statistic(entry: Any) -> Statistic:
         if not _is_number(entry["against"]):
             raise ClaimError(f"against is {entry['against']!r}; write a number")
         values["against"] = float(entry["against"])
+    if "printed" in entry:
+        values["printed"] = entry["printed"]
+        numbers = entry["printed"].values() if isinstance(entry["printed"], dict) else [None]
+        if not numbers or not all(_is_number(number) and number for number in numbers):
+            raise ClaimError(f"printed is {entry['printed']!r}; write name: number, none of them 0")
+    if "check" in entry and not re.fullmatch(r"feedforward(\.\w+)+:\w+", entry["check"]):
+        raise ClaimError(f"check is {entry['check']!r}; write feedforward.module:function")
     if "terms" in entry:
         for term in _list(entry, "terms"):
             _fields(term, "a term", {"weight", "variant", "metric"}, set())
@@ -633,15 +651,44 @@ def _exact(statistic: Statistic) -> Result:
     """Printed numbers against counted ones: exact where every relative error is in the band."""
     module, _, name = statistic.check.partition(":")
     try:
-        cells = getattr(import_module(module), name)()
+        count = getattr(import_module(module), name)
     except (ImportError, AttributeError) as error:
         raise ClaimError(f"check {statistic.check!r} cannot be loaded: {error}") from error
-    errors = [abs(counted / printed - 1) for _, printed, counted in cells]
-    inside = [statistic.band[0] <= error <= statistic.band[1] for error in errors]
-    reason = f"{sum(inside)} of {len(inside)} numbers agree; largest deviation {max(errors):.1%}"
+    errors = [abs(count(cell) / printed - 1) for cell, printed in statistic.printed.items()]
+    agreeing = sum(statistic.band[0] <= error <= statistic.band[1] for error in errors)
     worst = max(errors)
-    verdict = "exact" if all(inside) else "not reproduced"
+    reason = f"{agreeing} of {len(errors)} numbers agree, the largest deviation is {worst:.1%}"
+    verdict = "exact" if agreeing == len(errors) else "not reproduced"
     return Result(statistic, verdict, reason, worst, worst, worst)
+
+
+def structured_cost(cell: str) -> float:
+    """Count one number of arXiv 2406.16450, named like ``"xl-lowrank-63 parameters"``.
+
+    The quantities are ``parameters``, ``FFN parameters`` and ``FLOPs`` (of the whole training).
+    Explained in ``book/foundations/01-feed-forward``.
+
+    Raises:
+        ValueError: if the model or the quantity has another name.
+    """
+    from .layers.cost import PAPER_SHAPES, breakdown
+
+    name, _, quantity = cell.partition(" ")
+    if name not in PAPER_SHAPES or quantity not in ("parameters", "FFN parameters", "FLOPs"):
+        raise ValueError(
+            f"{cell!r} is no number of the paper; write a model ({', '.join(PAPER_SHAPES)}), a "
+            "space, and parameters, FFN parameters or FLOPs"
+        )
+    parts = breakdown(PAPER_SHAPES[name])
+    if quantity == "FFN parameters":
+        return parts["ffn"].parameters
+    if quantity == "FLOPs":
+        return sum(part.training_flops for part in parts.values()) * _TOKENS[name.split("-")[0]]
+    return sum(part.parameters for part in parts.values())
+
+
+# training tokens of the paper's sizes
+_TOKENS = {"s": 2.2e9, "m": 6.7e9, "l": 14.58e9, "xl": 25.5e9}
 
 
 def _by_profile(statistic: Statistic, records: Iterable[Record]) -> dict[str, _Arms]:

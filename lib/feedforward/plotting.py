@@ -328,7 +328,8 @@ def _origin(records: list[Record]) -> str:
     seeds = sorted({record.seed for record in records})
     words = [f"profile {profiles}"]
     words.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds")
-    lengths = sorted({int(n) for record in records if (n := record.config.get("steps"))})
+    training = [record.config.get("training") or record.config for record in records]
+    lengths = sorted({int(config["steps"]) for config in training if config.get("steps")})
     if lengths:
         words.append(
             "–".join(f"{n:,}" for n in dict.fromkeys((lengths[0], lengths[-1]))) + " steps"
