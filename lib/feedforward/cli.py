@@ -1,0 +1,258 @@
+"""The command line: ``feedforward run | list | claims | data | env``."""
+
+import dataclasses
+import sys
+from collections.abc import Iterable, Iterator, Sequence
+from typing import Annotated, Any
+
+import typer
+from typer.core import TyperCommand
+
+from .profiles import EXPERIMENTS, PROFILES, get_profile, load_experiment, unknown
+from .records import Record, cached, config_key, load_records, result_path
+
+# What a command needs beyond these loads inside it: the help is there at once.
+
+LARGEST_SEED = 2**32 - 1
+STATUSES = ("recorded", "outdated", "not recorded")
+
+
+class ManyValues(TyperCommand):
+    """A command whose list options take several values: ``--seeds 0 1 2``.
+
+    Typer's own form, ``--seeds 0 --seeds 1``, works as well.
+    """
+
+    def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
+        lists = {name for p in self.params if getattr(p, "multiple", False) for name in p.opts}
+        return super().parse_args(ctx, list(_repeat_options(args, lists)))
+
+
+app = typer.Typer(
+    help="Rethinking the feed-forward layer: run and inspect the book's experiments.",
+    no_args_is_help=True,
+    add_completion=False,
+    pretty_exceptions_enable=False,
+)
+
+Part = Annotated[str, typer.Argument(help=f"A part of the book: {', '.join(EXPERIMENTS)}.")]
+ProfileName = Annotated[str, typer.Option("--profile", help=f"{', '.join(PROFILES)}.")]
+
+
+@dataclasses.dataclass(frozen=True)
+class Job:
+    """One run that the command line may start: a variant of an experiment with a seed."""
+
+    profile: str
+    variant: str
+    seed: int
+    config: Any
+
+    @property
+    def name(self) -> str:
+        """As its record's file is called, without suffix."""
+        return f"{self.config.experiment}/{self.profile}/{self.variant}-s{self.seed}"
+
+    @property
+    def status(self) -> str:
+        """One of ``STATUSES``; outdated is a record of another configuration."""
+        path = result_path(self.config.experiment, self.profile, self.variant, self.seed)
+        if not path.exists():
+            return "not recorded"
+        same = Record.load(path).key == config_key(self.config)
+        return "recorded" if same else "outdated"
+
+
+@app.command(cls=ManyValues)
+def run(
+    part: Part,
+    profile: ProfileName = "smoke",
+    seeds: Annotated[
+        list[int] | None,
+        typer.Option(help="One or more; the profile's if not given.", min=0, max=LARGEST_SEED),
+    ] = None,
+    variants: Annotated[
+        list[str] | None, typer.Option(help="One or more; all if not given.")
+    ] = None,
+    shard: Annotated[
+        str, typer.Option(help="i/n: only the i-th of n equal shares of the runs.")
+    ] = "1/1",
+    record: Annotated[
+        bool, typer.Option("--record", help="Keep them under results/, for the book.")
+    ] = False,
+    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
+) -> None:
+    """Run the experiment of a part; what was run before is loaded, what was killed continues."""
+    scale = get_profile(profile)
+    if record and not scale.evidence:
+        kept = [name for name, other in PROFILES.items() if other.evidence]
+        raise ValueError(f"profile {profile!r} is never evidence: record one of {', '.join(kept)}")
+    jobs = _shard(_jobs(part, profile, seeds, variants), shard)
+    experiment = load_experiment(part)
+    for number, job in enumerate(jobs, start=1):
+        status = job.status
+        head = f"[{number}/{len(jobs)}] {job.name}"
+        if dry_run or (record and status == "recorded"):
+            print(f"{head}  {status}", flush=True)
+            continue
+        print(f"{head}  ...", file=sys.stderr, flush=True)
+        bar = sys.stderr.isatty()
+        result = cached(experiment.run, job.config, profile=profile, progress=bar)
+        result = dataclasses.replace(result, profile=profile)
+        if record:
+            result.save(result_path(result.experiment, profile, result.variant, result.seed))
+        print(f"{head}  {result.provenance.seconds:.1f} s  {_numbers(result)}", flush=True)
+
+
+@app.command("list")
+def list_(
+    part: Annotated[
+        str | None, typer.Argument(help="A part of the book; all if not given.")
+    ] = None,
+    profile: Annotated[
+        str | None, typer.Option(help=f"{', '.join(PROFILES)}; all if not given.")
+    ] = None,
+) -> None:
+    """List the experiments, their variants, and the seeds that are recorded."""
+    names = [get_profile(profile).name] if profile else [p.name for p in PROFILES.values()]
+    rows = []
+    for each in [part] if part else EXPERIMENTS:
+        for name in names:
+            seeds = {record.seed for record in load_records(each, profile=name)}
+            jobs = _jobs(each, name, sorted(seeds.union(PROFILES[name].seeds)), None)
+            for variant in dict.fromkeys(job.variant for job in jobs):
+                found = {j.seed: j.status for j in jobs if j.variant == variant}
+                rows.append((each, name, variant, *(_seeds(found, s) for s in STATUSES)))
+    _table(("part", "profile", "variant", *STATUSES), rows)
+
+
+@app.command()
+def claims(
+    paper: Annotated[str | None, typer.Option(help="Only this paper's: its short name.")] = None,
+    verdict: Annotated[str | None, typer.Option(help="Only those with this verdict.")] = None,
+) -> None:
+    """Show the ledger: every claim, the paper's number, ours, and the verdict."""
+    from . import claims as ledger
+
+    if paper is not None and paper not in ledger.PAPERS:
+        raise ValueError(unknown("paper", paper, ledger.PAPERS))
+    if verdict is not None and verdict not in ledger.VERDICTS:
+        raise ValueError(unknown("verdict", verdict, ledger.VERDICTS))
+    chosen = [
+        one
+        for one in ledger.current_verdicts()
+        if paper in (None, one.claim.paper) and verdict in (None, one.verdict)
+    ]
+    columns = ("claim", "verdict", "scale", "because", "ours", "the paper")
+    rows = ledger.ledger_rows(chosen)
+    _table(columns, [[row[column] for column in columns] for row in rows])
+
+
+@app.command()
+def data(
+    names: Annotated[list[str] | None, typer.Argument(help="Data sets; all if not given.")] = None,
+) -> None:
+    """Check the texts of data/registry.toml against their checksums and prepare them."""
+    from .lm.data import prepare
+
+    columns = ("name", "title", "source", "works", "bytes", "licence")
+    rows = prepare(names or None)
+    _table(columns, [[str(row[column]) for column in columns] for row in rows])
+
+
+@app.command()
+def env() -> None:
+    """Show the machine, the versions, and where results and caches lie."""
+    import torch
+
+    from .files import cache_directory, results_directory
+    from .profiles import resolve_device
+    from .records import Provenance, describe_device
+
+    here = Provenance.here(seconds=0.0)
+    fastest = resolve_device("auto")
+    state = {True: " with changes", False: "", None: ""}[here.dirty]
+    rows = [
+        ("python", here.python),
+        *((name, version or "not installed") for name, version in here.versions.items()),
+        ("processor", f"{describe_device('cpu')}, {torch.get_num_threads()} threads"),
+        ("device", f"{fastest}: {describe_device(fastest)}" if fastest.type != "cpu" else "cpu"),
+        ("cache", str(cache_directory())),
+        ("results", str(results_directory())),
+        ("commit", f"{here.commit[:12]}{state}" if here.commit else "not in a git checkout"),
+        ("lock", here.lock or "none"),
+    ]
+    _table(None, rows)
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Run the command line; a mistake in what was asked for ends it with one line and status 2.
+
+    Args:
+        arguments: by default those of the process.
+    """
+    try:
+        app(arguments, prog_name="feedforward")
+    except (ValueError, FloatingPointError, OSError) as error:
+        print(f"feedforward: {' '.join(str(error).split())}", file=sys.stderr)
+        raise SystemExit(2) from None
+
+
+# -- jobs and tables -------------------------------------------------------------------------------
+
+
+def _repeat_options(args: Iterable[str], lists: set[str]) -> Iterator[str]:
+    """``--seeds 0 1`` as ``--seeds 0 --seeds 1``, for the options named in `lists`."""
+    current, first = None, False
+    for arg in args:
+        if arg.startswith("-"):
+            current, first = (arg if arg in lists else None), True
+        elif current and not first:
+            yield current
+        else:
+            first = False
+        yield arg
+
+
+def _jobs(
+    part: str, profile: str, seeds: Sequence[int] | None, variants: Sequence[str] | None
+) -> list[Job]:
+    """The runs asked for, seed by seed, so that an early stop leaves whole comparisons."""
+    grid = load_experiment(part).grid(part, profile)
+    for variant in variants or ():
+        if variant not in grid:
+            raise ValueError(unknown("variant", variant, grid))
+    return [
+        Job(profile, variant, seed, dataclasses.replace(grid[variant], seed=seed))
+        for seed in dict.fromkeys(seeds or get_profile(profile).seeds)
+        for variant in dict.fromkeys(variants or grid)
+    ]
+
+
+def _shard(jobs: list[Job], shard: str) -> list[Job]:
+    own, _, count = shard.partition("/")
+    if not (own.isdecimal() and count.isdecimal() and 1 <= int(own) <= int(count)):
+        raise ValueError(f"shard is {shard!r}; write i/n with i from 1 to n, for instance 2/4")
+    return jobs[int(own) - 1 :: int(count)]
+
+
+def _numbers(record: Record) -> str:
+    scalars = {k: v for k, v in record.metrics.items() if isinstance(v, (int, float))}
+    return "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+
+
+def _seeds(found: dict[int, str], status: str) -> str:
+    return " ".join(str(seed) for seed, its in found.items() if its == status)
+
+
+def _table(columns: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> None:
+    """Print aligned columns, in plain text that a pipe can take."""
+    lines = [*([columns] if columns else []), *rows]
+    widths = [max(map(len, column)) for column in zip(*lines, strict=True)]
+    for line in lines:
+        cells = (cell.ljust(width) for cell, width in zip(line, widths, strict=True))
+        print("  ".join(cells).rstrip())
+
+
+if __name__ == "__main__":
+    main()
