@@ -16,6 +16,7 @@ import numbers
 import os
 import platform
 import re
+import shlex
 import shutil
 import subprocess
 import sys
@@ -27,7 +28,7 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self
+from typing import Any, ClassVar, Protocol, Self, get_origin, get_type_hints
 
 from .files import atomic_write, cache_directory, checkout, results_directory, sha256
 
@@ -153,6 +154,8 @@ class Record:
         for name in ("config", "metrics", "curves"):
             object.__setattr__(self, name, _plain(getattr(self, name), name))
         for name, curve in self.curves.items():
+            if not isinstance(curve, dict) or not all(isinstance(v, list) for v in curve.values()):
+                raise ValueError(f"curve {name!r} is no dict of lists, like step and value")
             lengths = {axis: len(values) for axis, values in curve.items()}
             if len(set(lengths.values())) > 1:
                 raise ValueError(f"curve {name!r} has lists of different lengths: {lengths}")
@@ -205,11 +208,9 @@ class Record:
             raise _unreadable(path, f"its schema is {schema!r} and this library reads {SCHEMA}")
         key = entries.pop("key", None)
         try:
-            _check_fields(entries, {f.name for f in dataclasses.fields(cls) if f.init})
-            provenance = entries["provenance"]
-            _check_fields(provenance, {f.name for f in dataclasses.fields(Provenance)})
-            record = cls(**entries | {"provenance": Provenance(**provenance)})
-        except (ValueError, TypeError, AttributeError) as error:
+            provenance = Provenance(**_checked(Provenance, entries.get("provenance")))
+            record = cls(**_checked(cls, entries | {"provenance": provenance}))
+        except ValueError as error:
             raise _unreadable(path, str(error)) from error
         if record.key != key:
             raise _unreadable(path, f"its key is {key!r} and its config's is {record.key!r}")
@@ -447,15 +448,25 @@ def _canonical(value: Any) -> Any:
     return int(value) if isinstance(value, float) and value.is_integer() else value
 
 
-def _check_fields(entries: dict[str, Any], expected: set[str]) -> None:
+def _checked(kind: type, entries: Any) -> dict[str, Any]:
+    """The entries of a JSON object, if they are just the fields of `kind`, each of its type."""
+    if not isinstance(entries, dict):
+        raise ValueError(f"its {kind.__name__.lower()} is {entries!r} and no JSON object")
+    expected = {f.name for f in dataclasses.fields(kind) if f.init}
     missing, unknown = expected - entries.keys(), entries.keys() - expected
     if missing or unknown:
         raise ValueError(f"fields missing: {sorted(missing)}, unknown: {sorted(unknown)}")
+    hints = get_type_hints(kind)
+    for name, value in entries.items():
+        allowed = get_origin(hints[name]) if get_origin(hints[name]) is dict else hints[name]
+        if not isinstance(value, int | float if allowed is float else allowed):
+            raise ValueError(f"its {name} is {value!r}")
+    return entries
 
 
 def _unreadable(path: str | os.PathLike, why: str) -> RecordError:
     return RecordError(
-        f"{path} is not a readable record: {why}. Restore it (git checkout -- {path}), "
+        f"{path} is not a readable record: {why}. Restore it (git checkout -- {shlex.quote(str(path))}), "
         "or delete it and run it again."
     )
 
