@@ -1,0 +1,303 @@
+"""What the chapters' cells call: set up, show the library's source, check numbers, print tables.
+
+Every text that these functions print is the same on any machine, so that the regression of the
+notebooks can compare it; what varies with the machine is shown by :func:`caption` alone.
+"""
+
+import ast
+import html
+import inspect
+import logging
+import math
+import os
+import re
+import sys
+import textwrap
+import warnings
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from numbers import Integral, Real
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from . import plotting
+from .profiles import Profile, check_parameters
+from .records import Record, describe_device
+from .training import seed_everything
+
+if TYPE_CHECKING:
+    import torch
+
+
+class OutsideBand(AssertionError):
+    """A measured value lies outside the band that the notebook declares for it."""
+
+
+@dataclass(frozen=True)
+class Context:
+    """What a notebook runs with: its checked parameters.
+
+    Args:
+        profile: the scale.
+        seed: that every random generator was seeded with.
+        device: to compute on.
+    """
+
+    profile: Profile
+    seed: int
+    device: "torch.device"
+
+    @property
+    def hardware(self) -> str:
+        """The device and the threads in words; it varies with the machine."""
+        import torch
+
+        threads = torch.get_num_threads()
+        return f"{describe_device(self.device)}, {threads} thread{'s' * (threads != 1)}"
+
+
+def setup(profile: str, seed: int, device: str = "auto") -> Context:
+    """Check the parameters cell, seed everything, set the figures' style, and say so in one line.
+
+    Explained in ``book/how-to-read``.
+
+    Args:
+        profile: a profile's name.
+        seed: a whole number from 0 to 2**32 - 1.
+        device: a device's name; ``"auto"`` is the one that the profile is made for.
+
+    Raises:
+        ValueError: if a parameter has a wrong type or value.
+    """
+    import torch
+
+    context = Context(*check_parameters(profile, seed, device))
+    # a container may offer fewer processors than the machine has
+    if hasattr(os, "sched_getaffinity"):
+        torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+    _quieten()
+    seed_everything(seed)
+    plotting.style()
+    purpose = context.profile.purpose
+    print(f"Profile {profile}: {purpose}. Seed {seed}, {context.device.type}.")
+    return context
+
+
+def show_source(thing: Any, *, start: str | None = None, end: str | None = None) -> None:
+    """Show the library's current source of something, highlighted, without its docstrings.
+
+    Args:
+        thing: a function, method, class or module.
+        start: show from the first line that contains this text on; by default from the top.
+        end: show up to the next line that contains this text; by default to the end.
+
+    Raises:
+        ValueError: if there is no Python source of it, or no line contains `start` or `end`.
+    """
+    from IPython.display import display
+
+    name, file, lines = _source(thing)
+    first = _find(lines, start, 0, name) if start is not None else 0
+    last = _find(lines, end, first, name) if end is not None else len(lines) - 1
+    code = textwrap.dedent("\n".join(lines[first : last + 1])).strip("\n")
+    fence = "`" * max(3, 1 + max((len(run) for run in re.findall("`+", code)), default=0))
+    title = f"`{name}` in `{file}`"
+    content = {
+        "text/markdown": f"{title}\n\n{fence}python\n{code}\n{fence}\n",
+        "text/plain": f"{name} in {file}\n\n{code}",
+    }
+    display(content, raw=True)
+
+
+def check(
+    name: str, value: Any, low: float | None = None, high: float | None = None, unit: str = ""
+) -> None:
+    """Raise if a value lies outside its band, and print the band, never the value.
+
+    So the text is the same on every processor, while a change of the result is still an error.
+
+    >>> check("share of the FFN", 0.66, 0.6, 0.7)
+    share of the FFN: within 0.6 to 0.7
+    >>> check("perplexity", 31.4, high=40)
+    perplexity: at most 40
+
+    Args:
+        name: of the value, as a reader knows it.
+        value: a number, or a tensor or array of one number.
+        low: the least allowed value; None for no limit.
+        high: the largest allowed value; None for no limit.
+        unit: printed after the band.
+
+    Raises:
+        OutsideBand: if the value is outside, or not a number.
+        ValueError: if the band is empty or missing.
+    """
+    if low is None and high is None:
+        raise ValueError(f"the band of {name!r} has no end; give low, high or both")
+    floor, ceiling = -math.inf if low is None else low, math.inf if high is None else high
+    if not floor <= ceiling:
+        raise ValueError(f"the band of {name!r} is empty: low {low!r} is above high {high!r}")
+    if high is None:
+        band = f"at least {low:g}"
+    elif low is None:
+        band = f"at most {high:g}"
+    else:
+        band = f"within {low:g} to {high:g}"
+    band = f"{band} {unit}".rstrip()
+    number = float(value)
+    if not floor <= number <= ceiling:
+        raise OutsideBand(
+            f"{name} is {number:g}, declared {band}. The code, a library or the data changed the "
+            "result: find out which before widening the band."
+        )
+    print(f"{name}: {band}")
+
+
+@dataclass(frozen=True)
+class Table:
+    """A table that shows as HTML in the colours of the page, and as text elsewhere."""
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str, ...], ...]
+    numeric: tuple[bool, ...]
+    caption: str = ""
+
+    def __repr__(self) -> str:
+        lines = [self.columns, *self.rows]
+        widths = [max(len(line[i]) for line in lines) for i in range(len(self.columns))]
+        texts = [
+            "  ".join(
+                cell.rjust(width) if right else cell.ljust(width)
+                for cell, width, right in zip(line, widths, self.numeric, strict=True)
+            ).rstrip()
+            for line in lines
+        ]
+        return "\n".join([*([self.caption] if self.caption else []), *texts])
+
+    def _repr_html_(self) -> str:
+        # the class keeps the theme from painting a light box around it in the dark
+        parts = ['<table class="dataframe">']
+        if self.caption:
+            parts.append(f"<caption>{html.escape(self.caption)}</caption>")
+        parts.append(f"<thead>{self._row(self.columns, 'th')}</thead><tbody>")
+        parts += [self._row(row, "td") for row in self.rows]
+        return "\n".join([*parts, "</tbody></table>"])
+
+    def _row(self, cells: Iterable[str], tag: str) -> str:
+        scope = ' scope="col"' if tag == "th" else ""
+        sides = ' style="text-align:left"', ' style="text-align:right"'
+        marked = (
+            f"<{tag}{scope}{sides[right]}>{html.escape(cell)}</{tag}>"
+            for cell, right in zip(cells, self.numeric, strict=True)
+        )
+        return f"<tr>{''.join(marked)}</tr>"
+
+
+def table(rows: Any, *, caption: str = "", formats: Mapping[str, str] | None = None) -> Table:
+    """A plain table of rows, readable in both themes and on a phone.
+
+    >>> table([{"layer": "dense", "parameters": 2359296}], formats={"parameters": ","})
+    layer  parameters
+    dense   2,359,296
+
+    Args:
+        rows: a list of dicts with the same keys, or a pandas DataFrame (its index is left out).
+        caption: above the table.
+        formats: column -> how to format its numbers, as in ``format(number, ".2f")``; by default
+            whole numbers as they are and others with four digits.
+
+    Raises:
+        ValueError: if there are no rows, the rows have different keys, or a format has no column.
+    """
+    if hasattr(rows, "to_dict"):
+        rows = rows.to_dict("records")
+    rows, formats = list(rows), dict(formats or {})
+    if not rows or not rows[0] or any(row.keys() != rows[0].keys() for row in rows):
+        raise ValueError("a table needs one row or more, all with the same columns")
+    columns = list(rows[0])
+    if unknown := formats.keys() - set(columns):
+        raise ValueError(f"formats names {sorted(unknown)}; the columns are {columns}")
+    numeric = [all(_is_number(row[column]) for row in rows) for column in columns]
+    return Table(
+        columns=tuple(map(str, columns)),
+        rows=tuple(tuple(_cell(row[c], formats.get(c)) for c in columns) for row in rows),
+        numeric=tuple(numeric),
+        caption=caption,
+    )
+
+
+def caption(recorded: Record | Iterable[Record] = (), live: Record | Iterable[Record] = ()) -> None:
+    """Show where a figure's numbers come from; it varies with the machine.
+
+    Args:
+        recorded: the records behind the lines.
+        live: the records behind the dots.
+    """
+    from IPython.display import display
+
+    text = plotting.caption(recorded, live)
+    content = {"text/html": f'<p class="run-caption">{html.escape(text)}</p>', "text/plain": text}
+    display(content, raw=True)
+
+
+def _quieten() -> None:
+    """No progress bars of downloads, no advice from transformers, no warning about forks."""
+    os.environ.setdefault("TRANSFORMERS_VERBOSITY", "error")
+    os.environ.setdefault("HF_HUB_DISABLE_PROGRESS_BARS", "1")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    if "transformers" in sys.modules:
+        sys.modules["transformers"].logging.set_verbosity_error()
+    logging.getLogger("matplotlib").setLevel(logging.ERROR)
+    warnings.filterwarnings("ignore", message="IProgress not found")
+
+
+def _source(thing: Any) -> tuple[str, str, list[str]]:
+    """The qualified name, the file below the import path, and the lines without docstrings."""
+    thing = inspect.unwrap(thing) if callable(thing) else thing
+    module = thing if inspect.ismodule(thing) else inspect.getmodule(thing)
+    try:
+        lines, _ = inspect.getsourcelines(thing)
+    except (OSError, TypeError) as error:
+        raise ValueError(
+            f"there is no Python source of {thing!r}; give a function, method, class or module"
+        ) from error
+    qualified = getattr(thing, "__qualname__", "")
+    name = ".".join(filter(None, [module.__name__, qualified]))
+    file = Path(*module.__name__.split("."))
+    own = Path(inspect.getsourcefile(module))
+    file = file / own.name if own.name == "__init__.py" else file.with_suffix(".py")
+    code = textwrap.dedent("".join(lines))
+    return name, file.as_posix(), _without_docstrings(code)
+
+
+def _without_docstrings(code: str) -> list[str]:
+    lines = code.splitlines()
+    kinds = (ast.Module, ast.ClassDef, ast.FunctionDef, ast.AsyncFunctionDef)
+    for node in ast.walk(ast.parse(code)):
+        if isinstance(node, kinds) and ast.get_docstring(node) is not None and len(node.body) > 1:
+            text = node.body[0]
+            # the blank lines after it go too
+            end = next(i for i in range(text.end_lineno, len(lines) + 1) if _code_at(lines, i))
+            lines[text.lineno - 1 : end] = [None] * (end - text.lineno + 1)
+    return [line for line in lines if line is not None]
+
+
+def _code_at(lines: list[str | None], index: int) -> bool:
+    return index == len(lines) or bool(lines[index] and lines[index].strip())
+
+
+def _find(lines: list[str], text: str, begin: int, name: str) -> int:
+    for number in range(begin, len(lines)):
+        if text in lines[number]:
+            return number
+    raise ValueError(f"no line of {name} contains {text!r}" + " after the start" * bool(begin))
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, Real) and not isinstance(value, bool)
+
+
+def _cell(value: Any, spec: str | None) -> str:
+    if spec is not None and _is_number(value):
+        return format(value, spec)
+    return f"{value:.4g}" if _is_number(value) and not isinstance(value, Integral) else str(value)
