@@ -1,0 +1,439 @@
+"""Train language models that differ in their feed-forward layers, and measure them alike.
+
+``grid`` lists the arms of a part of the book at a profile, ``run`` trains one and returns its
+record, ``trained_model`` gives the model of a run for pictures and generation.
+"""
+
+import shutil
+import time
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+
+import numpy as np
+import safetensors.torch
+import torch
+import torch.nn.functional as F
+from filelock import FileLock
+from safetensors import SafetensorError
+from torch import Tensor
+
+from feedforward.files import atomic_write
+from feedforward.layers.cost import count
+from feedforward.layers.experts import MoE, collect_routing
+from feedforward.layers.routing import Routing, load_balancing_loss, router_z_loss
+from feedforward.lm.data import (
+    Text,
+    batches,
+    bits_per_byte,
+    evaluation_batches,
+    load_text,
+)
+from feedforward.lm.model import Decoder, DecoderConfig
+from feedforward.profiles import get_profile, resolve_device, unknown
+from feedforward.records import Provenance, Record, RecordError, run_directory
+from feedforward.training import TrainingConfig, seed_everything, train
+
+
+@dataclass(frozen=True)
+class LanguageModelConfig:
+    """Everything that decides the numbers of one run.
+
+    Args:
+        variant: The arm of the comparison.
+        model: Shape of the model; its vocabulary is the tokeniser's.
+        training: Steps, learning rate and the rest of the loop.
+        seed: Of the weights and of the order of the data.
+        batch: Sequences of ``model.context`` tokens a step.
+        source: Of the text, as `feedforward.lm.data.load_text` takes it.
+        balance: Weight of the load-balancing loss, averaged over the layers.
+        z: Weight of the router z-loss, averaged over the layers.
+        curve_tokens: Validation tokens of a point of the validation curve.
+        final_tokens: Validation and test tokens of the final numbers; None: all of them.
+        experiment: The part of the book.
+
+    Raises:
+        ValueError: When a number is out of range.
+    """
+
+    variant: str
+    model: DecoderConfig
+    training: TrainingConfig
+    seed: int = 0
+    batch: int = 16
+    source: str = "embedded"
+    balance: float = 0.0
+    z: float = 0.0
+    curve_tokens: int = 16_384
+    final_tokens: int | None = None
+    experiment: str = "foundations"
+
+    def __post_init__(self):
+        sizes = (
+            self.batch,
+            self.curve_tokens,
+            1 if self.final_tokens is None else self.final_tokens,
+        )
+        if min(sizes) < 1:
+            raise ValueError(
+                f"batch {self.batch}, curve_tokens {self.curve_tokens} and final_tokens "
+                f"{self.final_tokens} must be at least 1"
+            )
+        if self.balance < 0 or self.z < 0:
+            raise ValueError(f"balance {self.balance} and z {self.z} must not be negative")
+
+    @property
+    def tokens(self) -> int:
+        """Tokens seen in training."""
+        return self.training.steps * self.training.accumulate * self.batch * self.model.context
+
+
+# --- the arms -----------------------------------------------------------------------------------
+
+_SHAPES = {
+    "smoke": {"width": 128, "layers": 4, "heads": 4, "context": 128, "bias": False},
+    "cpu": {"width": 128, "layers": 4, "heads": 4, "context": 128, "bias": False},
+    "gpu": {"width": 512, "layers": 8, "heads": 8, "context": 512, "bias": False},
+}
+_TRAINING = {
+    "smoke": TrainingConfig(steps=48, lr=3e-3, precision="fp32", log_every=4, evaluate_every=16),
+    "cpu": TrainingConfig(steps=640, lr=3e-3, precision="fp32", log_every=10, evaluate_every=40),
+    "gpu": TrainingConfig(steps=1000, lr=1e-3, precision="bf16", log_every=10, evaluate_every=50),
+}
+_OTHERS = {
+    "smoke": {"batch": 16, "curve_tokens": 4_096, "final_tokens": 16_384},
+    "cpu": {"batch": 16},
+    "gpu": {"batch": 32, "curve_tokens": 65_536},
+}
+# feed-forward layer, weight of the balance loss, weight of the z-loss
+_FOUNDATIONS = {
+    "dense": ({"ffn": "dense"}, 0.0, 0.0),
+    "moe": ({"ffn": "moe", "experts": 8, "k": 2}, 0.01, 0.001),
+    "switch": ({"ffn": "switch", "experts": 8}, 0.01, 0.001),
+    "moe-unbalanced": ({"ffn": "moe", "experts": 8, "k": 2}, 0.0, 0.0),
+    "switch-unbalanced": ({"ffn": "switch", "experts": 8}, 0.0, 0.0),
+}
+
+
+def _foundations(profile: str) -> dict[str, LanguageModelConfig]:
+    if profile not in _SHAPES:
+        raise ValueError(
+            f"foundations has no setting of a paper to run: {profile!r} is not among "
+            f"{', '.join(_SHAPES)}"
+        )
+    return {
+        variant: LanguageModelConfig(
+            variant=variant,
+            model=DecoderConfig(**_SHAPES[profile], **ffn),
+            training=_TRAINING[profile],
+            balance=balance,
+            z=z,
+            **_OTHERS[profile],
+        )
+        for variant, (ffn, balance, z) in _FOUNDATIONS.items()
+    }
+
+
+PARTS = {"foundations": _foundations}
+
+
+def grid(part: str, profile: str) -> dict[str, LanguageModelConfig]:
+    """The arms of a part of the book at a profile, by name, all with seed 0.
+
+    ``foundations``: dense, mixture of experts and switch layers at equal active FLOPs, and both
+    kinds of experts without the losses that keep them balanced.
+
+    Raises:
+        ValueError: When the part or the profile is unknown, or the part has no such profile.
+    """
+    if part not in PARTS:
+        raise ValueError(unknown("part", part, PARTS))
+    return PARTS[part](get_profile(profile).name)
+
+
+# --- one run ------------------------------------------------------------------------------------
+
+
+def run(
+    config: LanguageModelConfig, *, progress: bool = True, device: str | torch.device = "auto"
+) -> Record:
+    """Train the model of `config` and measure it; the test text is read once, at the end.
+
+    Weights and record stay in the run's folder of the cache, where a killed run also continues
+    from its last checkpoint; a run that ended is loaded.
+
+    Args:
+        config: What to run.
+        progress: Show a bar.
+        device: Where to run it.
+
+    Returns:
+        The record. Losses are in nats per token. Of models with experts, ``load`` gives each
+        layer's share of choices per expert on the validation text, ``load entropy`` its entropy
+        over that of an even load, ``max share`` its largest share.
+
+    Raises:
+        DataError: When the text is missing or damaged.
+        TrainingError: When the loss is no longer finite.
+    """
+    return _run_in(run_directory(run, config), config, progress, device)
+
+
+def _run_in(folder: Path, config, progress: bool, device: str | torch.device) -> Record:
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(folder.with_name(folder.name + ".run.lock")):
+        if (ended := _ended(folder)) is not None:
+            return ended
+        model, record = _train(
+            config, folder / "checkpoints", progress, resolve_device(str(device))
+        )
+        with atomic_write(folder / "model.safetensors") as file:
+            weights = {name: value.detach().cpu() for name, value in model.named_parameters()}
+            file.write(safetensors.torch.save(weights))
+        record.save(folder / "record.json")  # last: its presence says that the run ended
+        shutil.rmtree(folder / "checkpoints", ignore_errors=True)
+    return record
+
+
+def _ended(folder: Path) -> Record | None:
+    if not (folder / "model.safetensors").exists():
+        return None
+    try:
+        return Record.load(folder / "record.json")
+    except (FileNotFoundError, RecordError):
+        return None
+
+
+def _train(
+    config: LanguageModelConfig, checkpoints: Path, progress: bool, device: torch.device
+) -> tuple[Decoder, Record]:
+    started = time.perf_counter()
+    text = load_text(config.source, vocabulary=config.model.vocabulary)
+    seed_everything(config.seed)
+    model = Decoder(config.model)
+    context = config.model.context
+    windows = partial(evaluation_batches, batch=4 * config.batch, context=context)
+
+    def evaluate(model):
+        measured = measure(model, windows(text.validation, limit=config.curve_tokens))
+        return {"validation loss": measured["loss"]}
+
+    result = train(
+        model,
+        batches(text.train, config.batch, context, config.seed),
+        partial(_loss, balance=config.balance, z=config.z),
+        config.training,
+        evaluate=evaluate,
+        checkpoint=checkpoints,
+        device=device,
+        tokens_per_step=config.tokens // config.training.steps,
+        progress=progress,
+        description=f"{config.variant}, seed {config.seed}",
+    )
+    metrics = {
+        "tokens": config.tokens,
+        "epochs": config.tokens / len(text.train),
+        "tokens per second": config.tokens / result.seconds,
+        "unigram loss": unigram_loss(text),
+    }
+    cost = count(config.model)
+    metrics |= {
+        "parameters": cost.parameters,
+        "active parameters": cost.active_parameters,
+        "FLOPs per token": cost.flops,
+    }
+    for split, tokens in (("validation", text.validation), ("test", text.test)):
+        measured = measure(model, windows(tokens, limit=config.final_tokens))
+        loss = measured.pop("loss")
+        metrics |= {
+            f"{split} loss": loss,
+            f"{split} perplexity": float(np.exp(loss)),
+            f"{split} bits per byte": bits_per_byte(loss, text.bytes_per_token(split)),
+        }
+        if split == "validation":
+            metrics |= measured
+    provenance = Provenance.here(
+        seconds=result.seconds + time.perf_counter() - started, device=device
+    )
+    return model, Record.of(
+        config, metrics=metrics, curves=_gather(result.curves), provenance=provenance
+    )
+
+
+def _loss(
+    model: torch.nn.Module, batch: tuple[Tensor, Tensor], *, balance: float, z: float
+) -> tuple[Tensor, dict[str, Tensor]]:
+    """The next token's cross-entropy, and with experts the two losses of their routers."""
+    with collect_routing(model) as routings:
+        cross_entropy = model(*batch)
+    if not routings:
+        return cross_entropy, {"train loss": cross_entropy}
+    even = torch.stack([load_balancing_loss(routing) for routing in routings]).mean()
+    small = torch.stack([router_z_loss(routing) for routing in routings]).mean()
+    numbers = {"train loss": cross_entropy, "balance loss": even, "z-loss": small}
+    for layer, routing in enumerate(routings):
+        numbers[f"routing entropy/layer {layer}"] = routing_entropy(routing)
+        for expert, share in enumerate(load(routing)):
+            numbers[f"load, layer {layer}/expert {expert}"] = share
+    return cross_entropy + balance * even + z * small, numbers
+
+
+def _gather(curves: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
+    """Curves named ``curve/line`` become lines of one curve over the same steps."""
+    gathered: dict[str, dict[str, list[float]]] = {}
+    for name, curve in curves.items():
+        name, _, line = name.partition("/")
+        lines = gathered.setdefault(name, {"step": curve["step"]})
+        lines[line or "value"] = curve["value"]
+    return gathered
+
+
+# --- what is measured ---------------------------------------------------------------------------
+
+
+def load(routing: Routing) -> Tensor:
+    """The share of all choices that each expert got, (E,)."""
+    chosen = routing.indices if routing.mask is None else routing.indices[routing.mask]
+    counts = torch.bincount(chosen.flatten(), minlength=routing.probabilities.shape[-1])
+    return counts / counts.sum().clamp(min=1)
+
+
+def routing_entropy(routing: Routing) -> Tensor:
+    """Mean entropy of the probabilities over that of an even choice: 0 certain, 1 undecided."""
+    p = routing.probabilities.float()
+    entropy = torch.special.entr(p).sum(-1).mean()
+    return entropy / torch.log(torch.tensor(float(p.shape[-1])))
+
+
+@torch.no_grad()
+def measure(model: torch.nn.Module, pairs) -> dict:
+    """Mean cross-entropy over batches of inputs and targets, and how the experts were used.
+
+    Args:
+        model: A `Decoder`, in eval mode afterwards.
+        pairs: Batches of (inputs, targets), both (B, T) int64.
+
+    Returns:
+        ``loss`` in nats per token; with experts also ``load`` (a list per layer: share of choices
+        by expert), ``load entropy`` and ``max share`` and ``routing entropy`` (a number per
+        layer), and ``balance loss`` (of the whole text, mean over the layers; 1 when even).
+    """
+    model.eval()
+    device = next(model.parameters()).device
+    total = tokens = 0
+    chosen, believed, entropies = [], [], []
+    for inputs, targets in pairs:
+        inputs, targets = inputs.to(device), targets.to(device)
+        with collect_routing(model) as routings:
+            logits = model(inputs)
+        loss = F.cross_entropy(logits.float().flatten(0, 1), targets.flatten(), reduction="sum")
+        total, tokens = total + float(loss), tokens + targets.numel()
+        weight = targets.numel()
+        chosen.append([weight * load(r).double() for r in routings])
+        believed.append([weight * r.probabilities.mean(0).double() for r in routings])
+        entropies.append([weight * routing_entropy(r).double() for r in routings])
+    measured: dict = {"loss": total / tokens}
+    if chosen and chosen[0]:
+        shares = torch.stack([torch.stack(parts) for parts in chosen]).sum(0) / tokens
+        mean = torch.stack([torch.stack(parts) for parts in believed]).sum(0) / tokens
+        unsure = torch.stack([torch.stack(parts) for parts in entropies]).sum(0) / tokens
+        experts = shares.shape[1]
+        spread = torch.special.entr(shares).sum(1) / np.log(experts)
+        measured |= {
+            "load": shares.tolist(),
+            "load entropy": spread.tolist(),
+            "max share": shares.max(1).values.tolist(),
+            "routing entropy": unsure.tolist(),
+            "balance loss": float((experts * (shares * mean).sum(1)).mean()),
+        }
+    return measured
+
+
+def unigram_loss(text: Text) -> float:
+    """Validation loss in nats per token of a model that only knows how frequent each token is."""
+    counts = np.bincount(text.train, minlength=text.vocabulary) + 1.0
+    return float(-np.log(counts / counts.sum())[text.validation[1:]].mean())
+
+
+# --- a trained model, and its routing -----------------------------------------------------------
+
+
+def trained_model(
+    config: LanguageModelConfig, *, progress: bool = True, device: str | torch.device = "auto"
+) -> tuple[Decoder, Text, Record]:
+    """The model of a run with its text and record: from the cache, trained now if it is not there.
+
+    Args:
+        config: Of the run.
+        progress: Show a bar while training.
+        device: Where to train and to put the model.
+
+    Returns:
+        The model in eval mode, the text, and the record of the run that made these weights.
+    """
+    folder = run_directory(run, config)
+    record = _run_in(folder, config, progress, device)
+    file = folder / "model.safetensors"
+    model = Decoder(config.model)
+    try:
+        weights = safetensors.torch.load(file.read_bytes())
+        own = dict(model.named_parameters())
+        if weights.keys() != own.keys():
+            raise ValueError(f"other names: {sorted(weights.keys() ^ own.keys())[:3]}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(weights[name])
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{file} cannot be read ({error}). Delete it to train again.") from error
+    text = load_text(config.source, vocabulary=config.model.vocabulary)
+    return model.to(resolve_device(str(device))).eval(), text, record
+
+
+@dataclass(frozen=True)
+class RoutingTrace:
+    """Which experts each token of a text went to.
+
+    Attributes:
+        tokens: The T tokens as strings.
+        layers: The blocks with experts, from 0.
+        indices: (layers, T, k) experts chosen.
+        weights: (layers, T, k) their weights.
+        probabilities: (layers, T, E).
+    """
+
+    tokens: tuple[str, ...]
+    layers: tuple[int, ...]
+    indices: Tensor
+    weights: Tensor
+    probabilities: Tensor
+
+
+@torch.no_grad()
+def trace_routing(model: Decoder, text: Text, passage: str) -> RoutingTrace:
+    """The routing of a passage through every layer with experts.
+
+    Args:
+        model: With experts.
+        text: Whose tokeniser the model was trained with.
+        passage: Some words; what is longer than the context is cut off.
+
+    Raises:
+        ValueError: When the passage is empty or the model has no experts.
+    """
+    layers = tuple(i for i, block in enumerate(model.blocks) if isinstance(block.ffn, MoE))
+    if not layers:
+        raise ValueError(f"the model's feed-forward layers are {model.config.ffn}: no experts")
+    ids = text.encode(passage)[: model.config.context]
+    if not ids:
+        raise ValueError("the passage is empty; give some words")
+    model.eval()
+    device = next(model.parameters()).device
+    with collect_routing(model) as routings:
+        model(torch.tensor([ids], device=device))
+    return RoutingTrace(
+        tokens=tuple(text.decode([token]) for token in ids),
+        layers=layers,
+        indices=torch.stack([r.indices for r in routings]).cpu(),
+        weights=torch.stack([r.weights for r in routings]).cpu(),
+        probabilities=torch.stack([r.probabilities for r in routings]).cpu(),
+    )

@@ -1,0 +1,479 @@
+"""A small decoder-only language model whose feed-forward layers can be any of this library.
+
+The backbone is the one of arXiv 2406.16450 (section 4): pre-norm blocks, rotary positions, tied
+embeddings. Attention and embeddings stay dense; what stands in the place of the feed-forward
+layer is a matter of the configuration.
+"""
+
+from collections.abc import Callable
+from dataclasses import dataclass
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from feedforward.layers.cost import TransformerShape
+from feedforward.layers.experts import MoE
+from feedforward.layers.routing import SwitchRouter, TopKRouter
+from feedforward.layers.structured import BlockDense, BlockShuffle, LowRank
+
+_NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
+_ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
+    "gelu": F.gelu,
+    "gelu_tanh": partial(F.gelu, approximate="tanh"),
+    "silu": F.silu,
+}
+STRUCTURED: dict[str, type[LowRank | BlockShuffle | BlockDense]] = {
+    "lowrank": LowRank,
+    "blockshuffle": BlockShuffle,
+    "blockdense": BlockDense,
+}
+EXPERTS = ("moe", "switch")
+FFNS = ("dense", *STRUCTURED, *EXPERTS)
+
+
+@dataclass(frozen=True)
+class DecoderConfig:
+    """The shape of a decoder and of its feed-forward layers.
+
+    The defaults of the experts give dense, ``moe`` and ``switch`` the same active FLOPs: a token
+    meets ``hidden`` units in each, in one dense layer, in k experts of ``hidden / k``, or in one
+    expert of ``hidden``.
+
+    Args:
+        vocabulary: Number of tokens.
+        width: Width of the residual stream.
+        layers: Number of blocks.
+        heads: Query heads.
+        kv_heads: Key and value heads, a divisor of `heads`; None: as many (no grouping).
+        head_width: Width of a head, even; None: ``width / heads``. The attention's own width
+            ``heads * head_width`` may differ from `width` (the paper's wide and structured models).
+        hidden: Hidden width of the feed-forward layer; None: ``4 * width``.
+        context: The longest sequence, in tokens.
+        norm: ``"layer"`` or ``"rms"``.
+        activation: ``"gelu"`` (exact), ``"gelu_tanh"`` (the paper's) or ``"silu"``.
+        gated: Feed-forward layers with a gate: SwiGLU with ``activation="silu"``.
+        bias: Biases in linear layers, experts and norms; routers and logits have none.
+        tied: The output matrix is the embedding matrix.
+        rope_base: Base of the rotary positions' wavelengths.
+        std: Standard deviation of the weights at the start; structured layers keep their own.
+        ffn: One of ``dense``, ``lowrank``, ``blockshuffle``, ``blockdense``, ``moe``, ``switch``.
+        dense_layers: How many of the first blocks keep a dense feed-forward layer; None: the
+            paper's one for the structured kinds, none for experts.
+        share: Structured: parameters relative to dense, such as 0.63 or 0.32 (the paper's two).
+        rank: Structured, in place of `share`: rank of ``lowrank`` and ``blockdense``.
+        blocks: Structured: blocks of ``blockshuffle`` and ``blockdense``; with `share` only for
+            the latter.
+        experts: Experts of ``moe`` and ``switch``.
+        k: Experts a token goes to in ``moe``.
+        expert_hidden: Hidden width of an expert; None: ``hidden / k``, ``hidden`` for ``switch``.
+        jitter: ``switch``: range of the noise on what the router sees in training.
+        capacity_factor: Experts' capacity; None drops no token.
+
+    Raises:
+        ValueError: When sizes do not fit together or a name is unknown.
+    """
+
+    vocabulary: int = 2048
+    width: int = 128
+    layers: int = 4
+    heads: int = 4
+    kv_heads: int | None = None
+    head_width: int | None = None
+    hidden: int | None = None
+    context: int = 128
+    norm: str = "layer"
+    activation: str = "gelu"
+    gated: bool = False
+    bias: bool = True
+    tied: bool = True
+    rope_base: float = 10_000.0
+    std: float = 0.02
+    ffn: str = "dense"
+    dense_layers: int | None = None
+    share: float | None = None
+    rank: int | None = None
+    blocks: int | None = None
+    experts: int = 8
+    k: int = 2
+    expert_hidden: int | None = None
+    jitter: float = 0.0
+    capacity_factor: float | None = None
+
+    def __post_init__(self):
+        for name in ("vocabulary", "width", "layers", "heads", "context", "experts", "k"):
+            _positive(name, getattr(self, name))
+        optional = ("kv_heads", "head_width", "hidden", "rank", "blocks", "expert_hidden")
+        for name in optional:
+            if getattr(self, name) is not None:
+                _positive(name, getattr(self, name))
+        _one_of("norm", self.norm, _NORMS)
+        _one_of("activation", self.activation, _ACTIVATIONS)
+        _one_of("ffn", self.ffn, FFNS)
+        if self.head_width is None and self.width % self.heads:
+            raise ValueError(
+                f"width {self.width} is not divisible by heads {self.heads}: "
+                "change one of them, or give head_width"
+            )
+        if self.per_head % 2:
+            raise ValueError(f"a head is {self.per_head} wide; rotary positions need an even width")
+        if self.heads % self.key_heads:
+            raise ValueError(
+                f"kv_heads {self.kv_heads} must divide heads {self.heads}: each key head serves "
+                "the same number of query heads"
+            )
+        if self.std <= 0 or self.rope_base <= 1:
+            raise ValueError(f"std {self.std} must be positive, rope_base {self.rope_base} above 1")
+        if self.dense_layers is not None and not 0 <= self.dense_layers <= self.layers:
+            raise ValueError(f"dense_layers is {self.dense_layers}; allowed: 0 to {self.layers}")
+        self._check_structure()
+        if self.ffn == "moe" and self.k > self.experts:
+            raise ValueError(
+                f"k is {self.k} but there are {self.experts} experts; k is at most that"
+            )
+        if self.ffn == "moe" and self.expert_hidden is None and self.ffn_hidden % self.k:
+            raise ValueError(
+                f"hidden {self.ffn_hidden} is not divisible by k {self.k}, so that active FLOPs "
+                "cannot equal the dense layer's: give expert_hidden"
+            )
+
+    def _check_structure(self) -> None:
+        given = {name for name in ("share", "rank", "blocks") if getattr(self, name) is not None}
+        allowed = {
+            "lowrank": ({"share"}, {"rank"}),
+            "blockshuffle": ({"share"}, {"blocks"}),
+            "blockdense": ({"share"}, {"share", "blocks"}, {"rank", "blocks"}),
+        }.get(self.ffn, (set(),))
+        if given not in allowed:
+            choices = " or ".join(" and ".join(sorted(names)) or "none" for names in allowed)
+            raise ValueError(
+                f"ffn {self.ffn!r} takes {choices} of share, rank and blocks; "
+                f"given: {', '.join(sorted(given)) or 'none'}"
+            )
+
+    @property
+    def per_head(self) -> int:
+        """Width of one attention head."""
+        return self.head_width or self.width // self.heads
+
+    @property
+    def key_heads(self) -> int:
+        """Number of key and value heads."""
+        return self.kv_heads or self.heads
+
+    @property
+    def ffn_hidden(self) -> int:
+        """Hidden width of a dense feed-forward layer."""
+        return self.hidden or 4 * self.width
+
+    @property
+    def active_experts(self) -> int:
+        """Experts a token goes to."""
+        return 1 if self.ffn == "switch" else self.k
+
+    @property
+    def first_dense(self) -> int:
+        """How many of the first blocks keep a dense feed-forward layer."""
+        if self.dense_layers is not None:
+            return self.dense_layers
+        return 1 if self.ffn in STRUCTURED else 0
+
+    @property
+    def per_expert(self) -> int:
+        """Hidden width of one expert."""
+        return self.expert_hidden or self.ffn_hidden // self.active_experts
+
+    def structured(self) -> Callable[..., nn.Module]:
+        """Makes a structured map from its widths in and out."""
+        kind = STRUCTURED[self.ffn]
+        sizes = {name: getattr(self, name) for name in ("rank", "blocks")}
+        sizes = {name: size for name, size in sizes.items() if size is not None}
+        if self.share is None:
+            return partial(kind, **sizes, bias=self.bias)
+        return partial(kind.from_ratio, parameters=self.share, **sizes, bias=self.bias)
+
+    def shape(self) -> TransformerShape:
+        """The sizes that decide the cost, for `feedforward.count`.
+
+        Raises:
+            ValueError: When blocks with dense layers and with experts differ in hidden width,
+                which a shape cannot say; count the model.
+        """
+        kind, hidden, sizes = "dense", self.ffn_hidden, {}
+        if self.ffn in STRUCTURED:
+            layer = self.structured()(self.width, hidden, device="meta")
+            kind = type(layer).__name__
+            sizes = {n: getattr(layer, n) for n in ("rank", "blocks") if hasattr(layer, n)}
+        elif self.ffn in EXPERTS:
+            if self.first_dense and self.per_expert != hidden:
+                raise ValueError(
+                    f"{self.first_dense} dense layers of {hidden} hidden units beside experts of "
+                    f"{self.per_expert} have no single shape; count(Decoder(config)) counts them"
+                )
+            kind, hidden = "MoE", self.per_expert
+            sizes = {"experts": self.experts, "k": self.active_experts}
+        return TransformerShape(
+            width=self.width,
+            layers=self.layers,
+            heads=self.heads,
+            hidden=hidden,
+            vocabulary=self.vocabulary,
+            context=self.context,
+            kv_heads=self.key_heads,
+            attention_width=self.heads * self.per_head,
+            gated=self.gated,
+            bias=self.bias,
+            norm_bias=self.bias and self.norm == "layer",
+            logits="tied" if self.tied else "own",
+            ffn=kind,
+            dense_layers=self.first_dense,
+            **sizes,
+        )
+
+
+def _positive(name: str, value: int) -> None:
+    if isinstance(value, bool) or not isinstance(value, int) or value < 1:
+        raise ValueError(f"{name} is {value!r}; give a whole number of at least 1")
+
+
+def _one_of(name: str, value: str, allowed) -> None:
+    if value not in allowed:
+        raise ValueError(f"{name} is {value!r}; allowed: {', '.join(allowed)}")
+
+
+# --- the parts ----------------------------------------------------------------------------------
+
+
+class FeedForward(nn.Module):
+    """Two linear maps with a non-linearity between: ``down(act(up(x)))``.
+
+    With a gate: ``down(act(gate(x)) * up(x))`` (Shazeer 2020). The linear maps can be structured
+    (arXiv 2406.16450, section 2). Chapter: ``book/foundations/01-feed-forward``.
+
+    Args:
+        width: Of input and output.
+        hidden: Between the two maps.
+        activation: ``"gelu"``, ``"gelu_tanh"`` or ``"silu"``.
+        gated: Whether there is a gate.
+        linear: Makes a map from its widths in and out; `nn.Linear` or a structured layer.
+    """
+
+    def __init__(
+        self,
+        width: int,
+        hidden: int,
+        *,
+        activation: str = "gelu",
+        gated: bool = False,
+        linear: Callable[[int, int], nn.Module] = nn.Linear,
+    ):
+        super().__init__()
+        self.activation = activation
+        self.up = linear(width, hidden)
+        self.gate = linear(width, hidden) if gated else None
+        self.down = linear(hidden, width)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """x and the result: (..., width)."""
+        act = _ACTIVATIONS[self.activation]
+        hidden = act(self.up(x)) if self.gate is None else act(self.gate(x)) * self.up(x)
+        return self.down(hidden)
+
+
+def build_ffn(config: DecoderConfig, layer: int) -> nn.Module:
+    """The feed-forward layer of block `layer` (from 0): dense, structured, or experts."""
+    width, hidden = config.width, config.ffn_hidden
+    dense = partial(nn.Linear, bias=config.bias)
+    common = {"activation": config.activation, "gated": config.gated}
+    if config.ffn == "dense" or layer < config.first_dense:
+        return FeedForward(width, hidden, linear=dense, **common)
+    if config.ffn in STRUCTURED:
+        return FeedForward(width, hidden, linear=config.structured(), **common)
+    if config.ffn == "moe":
+        router = TopKRouter(width, config.experts, k=config.k)
+    else:
+        router = SwitchRouter(width, config.experts, jitter=config.jitter)
+    return MoE(
+        width,
+        config.per_expert,
+        config.experts,
+        router=router,
+        bias=config.bias,
+        capacity_factor=config.capacity_factor,
+        **common,
+    )
+
+
+class Attention(nn.Module):
+    """Causal attention with rotary positions and, if asked for, grouped key and value heads."""
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.heads, self.key_heads, self.per_head = config.heads, config.key_heads, config.per_head
+        self.query = nn.Linear(config.width, self.heads * self.per_head, bias=config.bias)
+        self.key = nn.Linear(config.width, self.key_heads * self.per_head, bias=config.bias)
+        self.value = nn.Linear(config.width, self.key_heads * self.per_head, bias=config.bias)
+        self.output = nn.Linear(self.heads * self.per_head, config.width, bias=config.bias)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """x: (B, T, width); rotation: cosines and sines, each (T, per_head)."""
+        rows, length, _ = x.shape
+
+        def split(y: Tensor, heads: int) -> Tensor:
+            return y.view(rows, length, heads, self.per_head).transpose(1, 2)
+
+        q = rotate(split(self.query(x), self.heads), *rotation)
+        k = rotate(split(self.key(x), self.key_heads), *rotation)
+        v = split(self.value(x), self.key_heads)
+        grouped = self.key_heads != self.heads
+        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        return self.output(y.transpose(1, 2).reshape(rows, length, -1))
+
+
+def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
+    """Rotary position embedding (RoFormer, arXiv 2104.09864): turn feature i with feature i + d/2.
+
+    Args:
+        x: (..., T, d).
+        cosines: (T, d).
+        sines: (T, d).
+    """
+    half = x.shape[-1] // 2
+    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    return x * cosines.to(x.dtype) + turned * sines.to(x.dtype)
+
+
+class Block(nn.Module):
+    """Attention and a feed-forward layer, each behind a norm and added to the residual stream."""
+
+    def __init__(self, config: DecoderConfig, layer: int):
+        super().__init__()
+        norm = _NORMS[config.norm]
+        kind = {"bias": config.bias} if config.norm == "layer" else {}
+        self.attention_norm = norm(config.width, eps=1e-5, **kind)
+        self.attention = Attention(config)
+        self.ffn_norm = norm(config.width, eps=1e-5, **kind)
+        self.ffn = build_ffn(config, layer)
+
+    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+        """x and the result: (B, T, width)."""
+        x = x + self.attention(self.attention_norm(x), rotation)
+        return x + self.ffn(self.ffn_norm(x))
+
+
+class Decoder(nn.Module):
+    """A language model (arXiv 2406.16450, section 4), with any feed-forward layer.
+
+    Chapters: ``book/foundations/02-mixture-of-experts`` and
+    ``book/foundations/03-structured-matrices``.
+
+    >>> model = Decoder(DecoderConfig(width=32, layers=2, ffn="switch", experts=4))
+    >>> model(torch.zeros(3, 10, dtype=torch.long)).shape
+    torch.Size([3, 10, 2048])
+    """
+
+    def __init__(self, config: DecoderConfig):
+        super().__init__()
+        self.config = config
+        self.embedding = nn.Embedding(config.vocabulary, config.width)
+        self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
+        kind = {"bias": config.bias} if config.norm == "layer" else {}
+        self.norm = _NORMS[config.norm](config.width, eps=1e-5, **kind)
+        self.head = nn.Linear(config.width, config.vocabulary, bias=False)
+        wavelengths = config.rope_base ** (
+            torch.arange(0, config.per_head, 2).float() / config.per_head
+        )
+        angles = torch.arange(config.context).float()[:, None] / wavelengths
+        angles = torch.cat((angles, angles), dim=-1)
+        self.register_buffer("cosines", angles.cos(), persistent=False)
+        self.register_buffer("sines", angles.sin(), persistent=False)
+        self.apply(self._initialise)
+        if config.tied:
+            self.head.weight = self.embedding.weight
+
+    def _initialise(self, module: nn.Module) -> None:
+        """The same Gaussian everywhere; structured layers and routers drew their own."""
+        if isinstance(module, (nn.Linear, nn.Embedding)):
+            nn.init.normal_(module.weight, std=self.config.std)
+            if getattr(module, "bias", None) is not None:
+                nn.init.zeros_(module.bias)
+        elif isinstance(module, MoE):
+            for weight in (module.w_in, module.w_out):
+                nn.init.normal_(weight, std=self.config.std)
+            for bias in (module.b_in, module.b_out):
+                if bias is not None:
+                    nn.init.zeros_(bias)
+
+    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+        """Scores of the next token, or the loss of predicting it.
+
+        Args:
+            tokens: (B, T) int64, T at most the context.
+            targets: (B, T) int64, the token after each; -100 for none.
+
+        Returns:
+            Logits (B, T, vocabulary); with targets the mean cross-entropy, a scalar in nats.
+
+        Raises:
+            ValueError: When the sequence is longer than the context.
+        """
+        length = tokens.shape[-1]
+        if length > self.config.context:
+            raise ValueError(
+                f"{length} tokens are more than the context of {self.config.context}: "
+                "cut the sequence, or build the model with a longer context"
+            )
+        rotation = self.cosines[:length], self.sines[:length]
+        x = self.embedding(tokens)
+        for block in self.blocks:
+            x = block(x, rotation)
+        logits = self.head(self.norm(x))
+        if targets is None:
+            return logits
+        return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
+
+    @torch.no_grad()
+    def generate(
+        self,
+        tokens: Tensor,
+        length: int,
+        *,
+        temperature: float = 1.0,
+        top_k: int | None = None,
+        generator: torch.Generator | None = None,
+    ) -> Tensor:
+        """Continue sequences, one token after the other, each from a whole forward pass.
+
+        Args:
+            tokens: (B, T) int64, T at least 1; beyond the context only its end is seen.
+            length: How many tokens to add.
+            temperature: Divides the logits; 0 takes the most probable token.
+            top_k: Draw among this many most probable tokens; None: among all.
+            generator: Source of the draws.
+
+        Returns:
+            (B, T + length) int64.
+
+        Raises:
+            ValueError: When `tokens` is empty or `temperature` negative.
+        """
+        if tokens.dim() != 2 or tokens.shape[1] == 0:
+            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give (B, T) with T >= 1")
+        if temperature < 0:
+            raise ValueError(f"temperature is {temperature}; give 0 (greedy) or more")
+        training = self.training
+        self.eval()
+        for _ in range(length):
+            logits = self(tokens[:, -self.config.context :])[:, -1].float()
+            if temperature == 0:
+                chosen = logits.argmax(-1, keepdim=True)
+            else:
+                if top_k is not None:
+                    least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
+                    logits = logits.masked_fill(logits < least, -torch.inf)
+                probabilities = (logits / temperature).softmax(-1)
+                chosen = torch.multinomial(probabilities, 1, generator=generator)
+            tokens = torch.cat((tokens, chosen), dim=1)
+        self.train(training)
+        return tokens

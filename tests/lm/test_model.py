@@ -1,0 +1,244 @@
+"""The decoder: against transformers' Llama, and each kind of feed-forward layer in its place."""
+
+import dataclasses
+import math
+
+import pytest
+import torch
+import torch.nn.functional as F
+
+from feedforward import count
+from feedforward.layers.experts import MoE
+from feedforward.lm.model import STRUCTURED, Decoder, DecoderConfig, FeedForward, rotate
+
+SMALL = {"vocabulary": 61, "width": 32, "layers": 3, "heads": 4, "context": 16}
+KINDS = {
+    "dense": {},
+    "gated": {"gated": True, "activation": "silu", "norm": "rms", "bias": False, "hidden": 48},
+    "grouped": {"kv_heads": 2, "head_width": 4, "tied": False},
+    "lowrank": {"ffn": "lowrank", "rank": 8},
+    "lowrank-share": {"ffn": "lowrank", "share": 0.32},
+    "blockshuffle": {"ffn": "blockshuffle", "blocks": 4},
+    "blockdense": {"ffn": "blockdense", "rank": 16, "blocks": 4},
+    "moe": {"ffn": "moe", "experts": 4, "k": 2},
+    "moe-no-bias": {"ffn": "moe", "experts": 4, "k": 2, "bias": False},
+    "switch": {"ffn": "switch", "experts": 4},
+    "switch-late": {"ffn": "switch", "experts": 4, "dense_layers": 2},
+}
+
+
+def decoder(name: str, **changes) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(DecoderConfig(**SMALL | KINDS[name] | changes)).eval()
+
+
+def some_tokens(rows: int = 2, length: int = 16) -> torch.Tensor:
+    return torch.randint(0, 61, (rows, length), generator=torch.Generator().manual_seed(1))
+
+
+def test_it_is_transformers_llama():
+    from transformers import LlamaConfig, LlamaForCausalLM
+
+    torch.manual_seed(0)
+    theirs = LlamaForCausalLM(
+        LlamaConfig(
+            vocab_size=61,
+            hidden_size=32,
+            intermediate_size=48,
+            num_hidden_layers=3,
+            num_attention_heads=4,
+            num_key_value_heads=2,
+            head_dim=12,
+            rms_norm_eps=1e-5,
+            max_position_embeddings=16,
+            tie_word_embeddings=False,
+            attn_implementation="eager",
+            rope_parameters={"rope_type": "default", "rope_theta": 10_000.0},
+        )
+    ).eval()
+    ours = decoder("gated", kv_heads=2, head_width=12, tied=False)
+    names = {
+        "model.embed_tokens.": "embedding.",
+        "model.norm.": "norm.",
+        "lm_head.": "head.",
+        "model.layers.": "blocks.",
+        "self_attn.q_proj.": "attention.query.",
+        "self_attn.k_proj.": "attention.key.",
+        "self_attn.v_proj.": "attention.value.",
+        "self_attn.o_proj.": "attention.output.",
+        "mlp.up_proj.": "ffn.up.",
+        "mlp.gate_proj.": "ffn.gate.",
+        "mlp.down_proj.": "ffn.down.",
+        "input_layernorm.": "attention_norm.",
+        "post_attention_layernorm.": "ffn_norm.",
+    }
+    weights = {}
+    for name, value in theirs.state_dict().items():
+        for old, new in names.items():
+            name = name.replace(old, new)
+        weights[name] = value + 0.1 * torch.randn_like(value)
+    theirs.load_state_dict(dict(zip(theirs.state_dict(), weights.values(), strict=True)))
+    ours.load_state_dict(weights)
+    tokens = some_tokens()
+    with torch.no_grad():
+        torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-4)
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_a_token_sees_only_what_came_before(name):
+    model, tokens = decoder(name), some_tokens()
+    changed = tokens.clone()
+    changed[:, 9] = (changed[:, 9] + 1) % 61
+    with torch.no_grad():
+        before, after = model(tokens), model(changed)
+    assert before.shape == (2, 16, 61)
+    torch.testing.assert_close(after[:, :9], before[:, :9])
+    assert not torch.allclose(after[:, 9:], before[:, 9:])
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_every_parameter_is_used_and_counted(name):
+    model, tokens = decoder(name), some_tokens(8)
+    loss = model(tokens[:, :-1], tokens[:, 1:])
+    loss.backward()
+    # a switch need not send anything to an expert; its stacked weights get a gradient all the same
+    assert all(p.grad is not None for p in model.parameters())
+    assert all(p.grad.abs().sum() > 0 for n, p in model.named_parameters() if "key.bias" not in n)
+    assert count(model.config).parameters == sum(p.numel() for p in model.parameters())
+    assert loss.item() == pytest.approx(math.log(61), abs=0.2)
+    logits = model(tokens[:, :-1])
+    expected = F.cross_entropy(logits.reshape(-1, 61), tokens[:, 1:].reshape(-1))
+    torch.testing.assert_close(loss, expected)
+
+
+@pytest.mark.parametrize("name", ["dense", "lowrank", "blockshuffle", "moe", "switch"])
+def test_it_learns_a_sequence_by_heart(name):
+    model, tokens = decoder(name, std=0.1).train(), some_tokens(1)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=1e-2)
+    for _ in range(40):
+        loss = model(tokens[:, :-1], tokens[:, 1:])
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+    assert loss.item() < 0.5
+    assert torch.equal(model.generate(tokens[:, :2], 14, temperature=0)[:, 1:], tokens[:, 1:])
+
+
+def test_experts_have_the_dense_layers_active_flops():
+    cost = {name: count(DecoderConfig(**KINDS[name])) for name in ("dense", "moe", "switch")}
+    routers = 2 * 4 * 4 * 128  # layers, experts, width
+    for name in ("moe", "switch"):
+        assert cost[name].flops == cost["dense"].flops + routers
+        assert cost[name].parameters > 1.5 * cost["dense"].parameters
+
+
+def test_structured_models_keep_the_first_layer_dense():
+    for name in STRUCTURED:
+        ffns = [block.ffn for block in decoder(name).blocks]
+        assert isinstance(ffns[0].up, torch.nn.Linear)
+        assert all(isinstance(ffn.up, STRUCTURED[name]) for ffn in ffns[1:])
+        assert all(isinstance(ffn.down, STRUCTURED[name]) for ffn in ffns[1:])
+        all_structured = decoder(name, dense_layers=0)
+        assert isinstance(all_structured.blocks[0].ffn.up, STRUCTURED[name])
+    kinds = [type(block.ffn) for block in decoder("switch-late").blocks]
+    assert kinds == [FeedForward, FeedForward, MoE]
+
+
+def test_weights_start_from_one_gaussian_and_tie():
+    model = decoder("moe", width=64, std=0.03)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("bias", ".b_in", ".b_out")):
+            assert not parameter.any(), name
+        elif parameter.ndim > 1 and "router" not in name:
+            assert parameter.std().item() == pytest.approx(0.03, rel=0.1), name
+    assert model.head.weight is model.embedding.weight
+    assert decoder("grouped").head.weight is not decoder("grouped").embedding.weight
+
+
+def test_rotation_keeps_lengths_and_depends_on_distance_alone():
+    model = decoder("dense")
+    x, y = torch.randn(2, 8)
+    x, y = (v.expand(16, 8) for v in (x, y))
+    x, y = (rotate(v, model.cosines, model.sines) for v in (x, y))
+    torch.testing.assert_close(x.norm(dim=-1), x[:1].norm(dim=-1).expand(16))
+    scores = x @ y.T
+    torch.testing.assert_close(scores[5, 2], scores[13, 10])
+    assert not torch.isclose(scores[5, 2], scores[5, 3])
+
+
+def test_generation_follows_its_own_forward_pass():
+    model, tokens = decoder("moe").train(), some_tokens(2, 5)
+    greedy = model.generate(tokens, 20, temperature=0)
+    assert greedy.shape == (2, 25)
+    assert model.training
+    assert torch.equal(greedy[:, :5], tokens)
+    model.eval()
+    with torch.no_grad():
+        for end in (6, 16, 25):  # beyond the context only its end is seen
+            logits = model(greedy[:, max(0, end - 17) : end - 1])
+            assert torch.equal(greedy[:, end - 1], logits[:, -1].argmax(-1))
+    assert torch.equal(model.generate(tokens, 9, top_k=1), model.generate(tokens, 9, temperature=0))
+    seeds = (torch.Generator().manual_seed(seed) for seed in (0, 0, 1))
+    draws = [model.generate(tokens, 9, generator=seed) for seed in seeds]
+    assert torch.equal(draws[0], draws[1])
+    assert not torch.equal(draws[0], draws[2])
+
+
+def test_generation_refuses_nothing_and_negative_temperature():
+    model = decoder("dense")
+    with pytest.raises(ValueError, match=r"\(2, 0\).*T >= 1"):
+        model.generate(torch.zeros(2, 0, dtype=torch.long), 3)
+    with pytest.raises(ValueError, match="temperature is -1"):
+        model.generate(some_tokens(), 3, temperature=-1)
+
+
+def test_a_sequence_beyond_the_context_is_refused():
+    with pytest.raises(ValueError, match="17 tokens are more than the context of 16"):
+        decoder("dense")(some_tokens(1, 17))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"width": 30}, "not divisible by heads"),
+        ({"width": 12}, "even width"),
+        ({"kv_heads": 3}, "must divide heads"),
+        ({"layers": 0}, "layers is 0"),
+        ({"hidden": 0}, "hidden is 0"),
+        ({"width": 32.0}, "whole number"),
+        ({"norm": "batch"}, "allowed: layer, rms"),
+        ({"activation": "relu"}, "allowed: gelu"),
+        ({"ffn": "sparse"}, "allowed: dense, lowrank"),
+        ({"std": 0.0}, "must be positive"),
+        ({"dense_layers": 4}, "0 to 3"),
+        ({"ffn": "lowrank"}, "takes share or rank"),
+        ({"ffn": "lowrank", "rank": 4, "share": 0.3}, "given: rank, share"),
+        ({"ffn": "blockshuffle", "rank": 4}, "takes share or blocks"),
+        ({"ffn": "blockdense", "blocks": 4}, "given: blocks"),
+        ({"share": 0.3}, "takes none"),
+        ({"ffn": "moe", "experts": 4, "k": 5}, "at most that"),
+        ({"ffn": "moe", "k": 3}, "not divisible by k 3"),
+    ],
+)
+def test_an_impossible_shape_is_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        DecoderConfig(**SMALL | changes)
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"ffn": "lowrank", "rank": 33},
+        {"ffn": "blockshuffle", "blocks": 5},
+        {"ffn": "blockdense", "rank": 16, "blocks": 3},
+    ],
+)
+def test_a_structure_that_does_not_fit_is_refused_when_built(changes):
+    with pytest.raises(ValueError, match=r"rank|block|divis"):
+        Decoder(DecoderConfig(**SMALL | changes))
+
+
+def test_dense_beside_narrow_experts_has_no_single_shape():
+    config = dataclasses.replace(DecoderConfig(**SMALL | KINDS["moe"]), dense_layers=1)
+    with pytest.raises(ValueError, match="no single shape"):
+        config.shape()
