@@ -598,7 +598,7 @@ def _item_covariance(
                         f"{run.metrics[term.metric]:g}; record both in one unit"
                     )
             if ids not in draws:
-                generator = np.random.default_rng(0)
+                generator = np.random.default_rng(len(draws))
                 shares = generator.multinomial(len(ids), np.full(len(ids), 1 / len(ids)), RESAMPLES)
                 draws[ids] = shares / len(ids)
             resampled = draws[ids] @ means.mean(axis=0)
