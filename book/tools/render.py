@@ -3,6 +3,7 @@
 import argparse
 import importlib.util
 import json
+import re
 import shutil
 import subprocess
 import sys
@@ -39,8 +40,8 @@ def render() -> int:
     with open(log, "w") as file:
         status = subprocess.run(command, stdout=file, stderr=subprocess.STDOUT).returncode
     if status:
-        lines = log.read_text().splitlines()
-        told = [line for line in lines if "WARNING" in line or "ERROR" in line] or lines[-15:]
+        lines = re.sub(r"\x1b\[[\d;]*m", "", log.read_text()).splitlines()
+        told = [s for s in lines if re.search(r"WARNING|ERROR|exception:", s)] or lines[-15:]
         raise StepFailed("\n".join([*told[:20], f"  log: {log}"]))
     made = work / "_build" / "html"
     _add_mathjax(made)
