@@ -2,7 +2,7 @@
 
 import dataclasses
 import sys
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Annotated, Any
 
 import typer
@@ -87,8 +87,9 @@ def run(
     if record and not scale.evidence:
         kept = [name for name, other in PROFILES.items() if other.evidence]
         raise ValueError(f"profile {profile!r} is never evidence: record one of {', '.join(kept)}")
-    jobs = _shard(_jobs(part, profile, seeds, variants), shard)
     experiment = load_experiment(part)
+    grid = experiment.grid(part, profile)
+    jobs = _shard(_jobs(grid, profile, seeds or scale.seeds, variants), shard)
     for number, job in enumerate(jobs, start=1):
         status = job.status
         head = f"[{number}/{len(jobs)}] {job.name}"
@@ -114,15 +115,22 @@ def list_(
     ] = None,
 ) -> None:
     """List the experiments, their variants, and the seeds that are recorded."""
-    names = [get_profile(profile).name] if profile else [p.name for p in PROFILES.values()]
+    names = [get_profile(profile).name] if profile else list(PROFILES)
     rows = []
     for each in [part] if part else EXPERIMENTS:
+        experiment = load_experiment(each)
         for name in names:
-            seeds = {record.seed for record in load_records(each, profile=name)}
-            jobs = _jobs(each, name, sorted(seeds.union(PROFILES[name].seeds)), None)
-            for variant in dict.fromkeys(job.variant for job in jobs):
-                found = {j.seed: j.status for j in jobs if j.variant == variant}
-                rows.append((each, name, variant, *(_seeds(found, s) for s in STATUSES)))
+            try:
+                grid = experiment.grid(each, name)
+            except ValueError:
+                if profile:
+                    raise
+                continue  # the part has no setting for every profile
+            found = {record.seed for record in load_records(each, profile=name)}
+            seeds = sorted(found.union(PROFILES[name].seeds))
+            for variant in grid:
+                jobs = _jobs(grid, name, seeds, [variant])
+                rows.append((each, name, variant, *(_seeds(jobs, status) for status in STATUSES)))
     _table(("part", "profile", "variant", *STATUSES), rows)
 
 
@@ -215,16 +223,15 @@ def _repeat_options(args: Iterable[str], lists: set[str]) -> Iterator[str]:
 
 
 def _jobs(
-    part: str, profile: str, seeds: Sequence[int] | None, variants: Sequence[str] | None
+    grid: Mapping[str, Any], profile: str, seeds: Sequence[int], variants: Sequence[str] | None
 ) -> list[Job]:
     """The runs asked for, seed by seed, so that an early stop leaves whole comparisons."""
-    grid = load_experiment(part).grid(part, profile)
     for variant in variants or ():
         if variant not in grid:
             raise ValueError(unknown("variant", variant, grid))
     return [
         Job(profile, variant, seed, dataclasses.replace(grid[variant], seed=seed))
-        for seed in dict.fromkeys(seeds or get_profile(profile).seeds)
+        for seed in dict.fromkeys(seeds)
         for variant in dict.fromkeys(variants or grid)
     ]
 
@@ -241,8 +248,8 @@ def _numbers(record: Record) -> str:
     return "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
 
 
-def _seeds(found: dict[int, str], status: str) -> str:
-    return " ".join(str(seed) for seed, its in found.items() if its == status)
+def _seeds(jobs: Iterable[Job], status: str) -> str:
+    return " ".join(str(job.seed) for job in jobs if job.status == status)
 
 
 def _table(columns: Sequence[str] | None, rows: Iterable[Sequence[str]]) -> None:
