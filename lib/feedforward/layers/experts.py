@@ -2,6 +2,7 @@
 
 import contextlib
 import math
+import warnings
 from collections.abc import Callable, Iterator
 from functools import cache, partial
 
@@ -147,10 +148,9 @@ class MoE(nn.Module):
         kept = None if real is None else real.unsqueeze(1).expand_as(routing.indices)
         if self.capacity_factor is not None:
             kept = self._within_capacity(routing.indices, real)
+        if kept is not None:
             routing = routing._replace(weights=routing.weights.masked_fill(~kept, 0.0))
-        for collected in self._collectors:
-            if not _recomputing():
-                collected.append(routing)
+        self._report(routing)
         y = self._route(tokens, routing, kept).reshape(x.shape)
         if self.shared is not None:
             # padding may hold NaN, which must not reach the shared weights' gradient
@@ -159,6 +159,20 @@ class MoE(nn.Module):
             y = shared + y if s is None else s * shared + (1.0 - s) * y
         return y if mask is None else y.masked_fill(~mask.unsqueeze(-1), 0.0)
 
+    def _report(self, routing: Routing) -> None:
+        """Give the routing to whoever collects it."""
+        if not self._collectors or _recomputing():
+            return
+        if self.training and not torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            warnings.warn(
+                "a routing was collected in training mode without a graph, so a loss on it trains "
+                "nothing: use checkpoint(..., use_reentrant=False), or model.eval() if you only "
+                "look at the routing",
+                stacklevel=3,
+            )
+        for collected in self._collectors:
+            collected.append(routing)
+
     def _within_capacity(self, indices: Tensor, real: Tensor | None) -> Tensor:
         """Which choices their expert has room for, (T, k) bool; padding never has any."""
         tokens, k = indices.shape
@@ -166,7 +180,7 @@ class MoE(nn.Module):
         # choice by choice, so that a stable sort keeps first choices before second ones
         ids, order = ids.t().reshape(-1).sort(stable=True)
         place = torch.arange(tokens * k, device=ids.device)
-        place = place - torch.searchsorted(ids, ids)  # the how-manieth choice of its expert
+        place = place - torch.searchsorted(ids, ids)  # how many choices come before it
         count = tokens if real is None else real.sum().double()
         # for whole numbers, place < ceil(c) is place < c
         kept = (place < self.capacity_factor * count * k / self.experts) & (ids < self.experts)
@@ -201,7 +215,13 @@ class MoE(nn.Module):
         else:
             y = self._loop(rows, offsets, w_in, b_in, w_out, b_out)
         y = y.index_select(0, inverse).view(tokens, k, self.dim)
-        return torch.bmm(routing.weights.to(dtype).unsqueeze(1), y).squeeze(1)
+        # choice by choice: no sum over a broadcast product, no bmm of bfloat16 (slow on CPU)
+        weights = routing.weights.to(dtype).unsqueeze(2)
+        (first, weight), *others = zip(y.unbind(1), weights.unbind(1), strict=True)
+        total = first * weight
+        for other, weight in others:
+            total = torch.addcmul(total, other, weight)
+        return total
 
     def _grouped(self, rows, ids, offsets, w_in, b_in, w_out, b_out) -> Tensor:
         """All experts on rows sorted by expert, each matrix product in one kernel."""
@@ -289,7 +309,7 @@ def collect_routing(model: nn.Module) -> Iterator[list[Routing]]:
     Losses of the collected routings reach the gate, under
     ``torch.utils.checkpoint.checkpoint(..., use_reentrant=False)`` too. With
     ``use_reentrant=True`` the first forward pass runs without a graph, so its routings carry no
-    gradient and a loss on them has no effect.
+    gradient and a loss on them has no effect; a warning says so.
 
     Args:
         model: a module that is or holds ``MoE`` layers; without any the list stays empty.
@@ -346,7 +366,7 @@ def _grouped_mm_works(dtype: torch.dtype, device: torch.device) -> bool:
     if not hasattr(F, "grouped_mm"):
         return False
     try:
-        with torch.enable_grad(), torch.autocast(device.type, enabled=False):
+        with torch.inference_mode(False), torch.enable_grad():
             rows = torch.ones(2, 16, dtype=dtype, device=device, requires_grad=True)
             weight = torch.ones(2, 16, 16, dtype=dtype, device=device, requires_grad=True)
             offsets = torch.tensor([1, 2], dtype=torch.int32, device=device)
