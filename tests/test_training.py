@@ -13,7 +13,8 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
-from feedforward import training
+from feedforward import LowRank, SelfGuided, training
+from feedforward.layers.guided import advance, release
 from feedforward.training import (
     EMA,
     CheckpointError,
@@ -24,32 +25,17 @@ from feedforward.training import (
 )
 
 
-class Guided(nn.Module):
-    """A linear map that a second one helps until it is released."""
-
-    def __init__(self, layer):
-        super().__init__()
-        self.layer = layer
-        self.guide = nn.Parameter(layer.weight.detach().clone())
-        self.register_buffer("advanced", torch.zeros(()))
-
-    def forward(self, x):
-        alpha = 1 / (1 + self.advanced)
-        return alpha * F.linear(x, self.guide) + (1 - alpha) * self.layer(x)
-
-
-def small_model():
+def small_model(stochastic=True):
     torch.manual_seed(7)
-    return nn.Sequential(
-        nn.Linear(6, 16), nn.LayerNorm(16), nn.Dropout(0.2), nn.GELU(), Guided(nn.Linear(16, 3))
-    )
+    guided = SelfGuided(LowRank(16, 3, rank=2), steps=12, stochastic=stochastic)
+    return nn.Sequential(nn.Linear(6, 16), nn.LayerNorm(16), nn.Dropout(0.2), nn.GELU(), guided)
 
 
-def follow(model, step, *, release_after=12):
-    if step < release_after:
-        model[4].advanced += 1
-    elif isinstance(model[4], Guided):
-        model[4] = model[4].layer
+def follow(model, step):
+    if step < 12:
+        advance(model)
+    else:
+        release(model)
 
 
 def batches(index):
@@ -156,7 +142,7 @@ def test_what_is_released_leaves_optimizer_and_checkpoint(tmp_path):
     run(tmp_path)
     (last,) = tmp_path.glob("step-*")
     names = set(training.load_file(last / "optimizer.safetensors"))
-    assert "4.weight/exp_avg" in names
+    assert "4.v/exp_avg" in names
     assert not any("guide" in name for name in names)
     assert "4.guide" not in training.load_file(last / "model.safetensors")
 
@@ -440,7 +426,7 @@ torch.save(model.state_dict(), {out!r} + str(dist.get_rank()))
 
 
 def model_without_dropout(**options):
-    model = small_model()
+    model = small_model(stochastic=False)
     model[2] = nn.Identity()
     settings = config(clip=None, accumulate=options.pop("accumulate"))
     loss = lambda model, batch: F.mse_loss(model(batch[0]), batch[1])  # noqa: E731
