@@ -96,13 +96,13 @@ _SHAPES = {
     "gpu": {"width": 512, "layers": 8, "heads": 8, "context": 512, "bias": False},
 }
 _TRAINING = {
-    "smoke": TrainingConfig(steps=48, lr=3e-3, precision="fp32", log_every=4, evaluate_every=16),
-    "cpu": TrainingConfig(steps=640, lr=3e-3, precision="fp32", log_every=10, evaluate_every=40),
-    "gpu": TrainingConfig(steps=1000, lr=1e-3, precision="bf16", log_every=10, evaluate_every=50),
+    "smoke": TrainingConfig(steps=96, lr=4e-3, precision="fp32", log_every=8, evaluate_every=24),
+    "cpu": TrainingConfig(steps=1000, lr=4e-3, precision="fp32", log_every=20, evaluate_every=100),
+    "gpu": TrainingConfig(steps=1000, lr=1e-3, precision="bf16", log_every=20, evaluate_every=50),
 }
 _OTHERS = {
-    "smoke": {"batch": 16, "curve_tokens": 4_096, "final_tokens": 16_384},
-    "cpu": {"batch": 16},
+    "smoke": {"batch": 8, "curve_tokens": 4_096, "final_tokens": 16_384},
+    "cpu": {"batch": 8},
     "gpu": {"batch": 32, "curve_tokens": 65_536},
 }
 # feed-forward layer, weight of the balance loss, weight of the z-loss
@@ -279,12 +279,12 @@ def _loss(
 
 
 def _gather(curves: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, list[float]]]:
-    """Curves named ``curve/line`` become lines of one curve over the same steps."""
+    """Curves named ``curve/line`` become lines of one curve over the same steps; six digits do."""
     gathered: dict[str, dict[str, list[float]]] = {}
     for name, curve in curves.items():
         name, _, line = name.partition("/")
         lines = gathered.setdefault(name, {"step": curve["step"]})
-        lines[line or "value"] = curve["value"]
+        lines[line or "value"] = [float(f"{value:.6g}") for value in curve["value"]]
     return gathered
 
 
