@@ -2,6 +2,7 @@
 
 import dataclasses
 import math
+import time
 
 import numpy as np
 import pytest
@@ -57,7 +58,9 @@ def plain(record: Record) -> dict:
 
 
 def test_a_run_measures_what_it_says(config):
+    started = time.perf_counter()
     record = run(config, progress=False, device="cpu")
+    assert 0 < record.provenance.seconds <= time.perf_counter() - started + 0.01
     m = record.metrics
     text = text_of(config)
     assert (record.experiment, record.variant, record.seed) == ("foundations", "moe", 0)

@@ -218,6 +218,7 @@ def _train(
         measured = measure(model, windows(text.validation, limit=config.curve_tokens))
         return {"validation loss": measured["loss"]}
 
+    training = time.perf_counter()
     result = train(
         model,
         batches(text.train, config.batch, context, config.seed),
@@ -230,6 +231,7 @@ def _train(
         progress=progress,
         description=f"{config.variant}, seed {config.seed}",
     )
+    trained = time.perf_counter()
     metrics = {
         "tokens": config.tokens,
         "epochs": config.tokens / len(text.train),
@@ -252,9 +254,9 @@ def _train(
         }
         if split == "validation":
             metrics |= measured
-    provenance = Provenance.here(
-        seconds=result.seconds + time.perf_counter() - started, device=device
-    )
+    # a killed run's earlier pieces are in the result's seconds
+    around = training - started + time.perf_counter() - trained
+    provenance = Provenance.here(seconds=result.seconds + around, device=device)
     return model, Record.of(
         config, metrics=metrics, curves=_gather(result.curves), provenance=provenance
     )
