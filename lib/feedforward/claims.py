@@ -774,7 +774,7 @@ def ledger_markdown(verdicts: Iterable[Verdict] | None = None) -> str:
     Each row has the target ``claim-<id>`` (the roles ``ref`` and ``numref`` reach it) and carries
     its paper and verdict as data attributes, which ``_static/ledger.js`` filters by.
     """
-    verdicts = list(verdicts)
+    verdicts = current_verdicts() if verdicts is None else list(verdicts)
     lines = [
         ":::::{list-table}",
         ":class: ledger",
