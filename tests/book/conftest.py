@@ -1,6 +1,7 @@
 """A small book of its own for the tests of the build: two chapters, the real tools."""
 
 import os
+import re
 import shutil
 import subprocess
 import sys
@@ -38,6 +39,12 @@ device = "auto"
 """
 
 
+FIRST = """\
+from feedforward import LowRank
+from feedforward.records import Provenance
+print(Provenance.here(seconds=0.0).commit)"""
+
+
 class SmallBook:
     """A checkout with the project's build chain around two tiny chapters."""
 
@@ -55,8 +62,8 @@ class SmallBook:
         (root / "data" / "README.md").write_text("# Data\n")
         (root / "book" / "intro.md").write_text("# A small book\n")
         (root / "book" / "references.bib").write_text("")
-        self.chapter("01-first", "from feedforward.layers import structured\nprint(1 + 1)")
-        self.chapter("02-second", "import time\nfrom feedforward import claims\nprint(2 + 2)")
+        self.chapter("01-first", FIRST)
+        self.chapter("02-second", "from feedforward import TopKRouter\nprint(2 + 2)")
         toc = "format: jb-book\nroot: intro\nchapters:\n"
         toc += "".join(f"  - file: foundations/{n}\n" for n in ("01-first", "02-second"))
         (root / "_toc.yml").write_text(toc)
@@ -91,6 +98,19 @@ class SmallBook:
         output, _ = process.communicate(timeout=300)
         return process.returncode, output
 
+    def planned(self) -> list[str]:
+        """Names of the chapters that the next build would execute."""
+        command = [sys.executable, "-m", "snakemake", "book", "--dry-run", "--nolock"]
+        plan = subprocess.run(
+            command,
+            cwd=self.root,
+            env=self.environment(),
+            text=True,
+            capture_output=True,
+            check=True,
+        ).stdout
+        return sorted(set(re.findall(r"notebook=foundations/([\w-]+)", plan)))
+
     @property
     def page(self) -> Path:
         return self.root / "_build" / "html" / "index.html"
@@ -98,7 +118,19 @@ class SmallBook:
 
 @pytest.fixture(scope="session")
 def small_book(tmp_path_factory):
-    """One small book, built once, in a path with spaces; the tests change and rebuild it."""
-    book = SmallBook(tmp_path_factory.mktemp("small") / "a book with spaces")
-    book.first_build = book.build()
+    """One small book, built once in the worst surroundings; the tests change and rebuild it.
+
+    A path with spaces, no git on the PATH, and a home that not even root can write in.
+    """
+    folder = tmp_path_factory.mktemp("small")
+    book = SmallBook(folder / "a book with spaces")
+    home = folder / "home"
+    home.write_text("a file where a folder should be")
+    bare = folder / "bin"
+    bare.mkdir()
+    for tool in ("bash", "sh", "env", "cat", "uname"):
+        (bare / tool).symlink_to(shutil.which(tool))
+    names = "XDG_CACHE_HOME", "MPLCONFIGDIR", "IPYTHONDIR", "JUPYTER_CONFIG_DIR"
+    caches = {name: str(folder / name) for name in (*names, "JUPYTER_RUNTIME_DIR")}
+    book.first_build = book.build("book", HOME=str(home), PATH=str(bare), **caches)
     return book
