@@ -8,8 +8,8 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from .profiles import EXPERIMENTS, PROFILES, get_profile, load_experiment, unknown
-from .records import Record, cached, config_key, load_records, result_path
+from feedforward.profiles import EXPERIMENTS, PROFILES, get_profile, load_experiment, unknown
+from feedforward.records import Record, cached, config_key, load_records, result_path
 
 # What a command needs beyond these loads inside it: the help is there at once.
 
@@ -140,7 +140,7 @@ def claims(
     verdict: Annotated[str | None, typer.Option(help="Only those with this verdict.")] = None,
 ) -> None:
     """Show the ledger: every claim, the paper's number, ours, and the verdict."""
-    from . import claims as ledger
+    from feedforward import claims as ledger
 
     if paper is not None and paper not in ledger.PAPERS:
         raise ValueError(unknown("paper", paper, ledger.PAPERS))
@@ -161,7 +161,7 @@ def data(
     names: Annotated[list[str] | None, typer.Argument(help="Data sets; all if not given.")] = None,
 ) -> None:
     """Check the texts of data/registry.toml against their checksums and prepare them."""
-    from .lm.data import prepare
+    from feedforward.lm.data import prepare
 
     columns = ("name", "title", "source", "works", "bytes", "licence")
     rows = prepare(names or None)
@@ -173,9 +173,9 @@ def env() -> None:
     """Show the machine, the versions, and where results and caches lie."""
     import torch
 
-    from .files import cache_directory, results_directory
-    from .profiles import resolve_device
-    from .records import Provenance, describe_device
+    from feedforward.files import cache_directory, results_directory
+    from feedforward.profiles import resolve_device
+    from feedforward.records import Provenance, describe_device
 
     here = Provenance.here(seconds=0.0)
     fastest = resolve_device("auto")
@@ -245,7 +245,9 @@ def _shard(jobs: list[Job], shard: str) -> list[Job]:
 
 def _numbers(record: Record) -> str:
     scalars = {k: v for k, v in record.metrics.items() if isinstance(v, (int, float))}
-    return "  ".join(f"{name} {value:.4g}" for name, value in scalars.items())
+    return "  ".join(
+        f"{k} {v:,}" if isinstance(v, int) else f"{k} {v:.4g}" for k, v in scalars.items()
+    )
 
 
 def _seeds(jobs: Iterable[Job], status: str) -> str:

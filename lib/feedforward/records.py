@@ -30,7 +30,7 @@ from importlib import metadata
 from pathlib import Path
 from typing import Any, ClassVar, Protocol, Self, get_origin, get_type_hints
 
-from .files import atomic_write, cache_directory, checkout, results_directory, sha256
+from feedforward.files import atomic_write, cache_directory, checkout, results_directory, sha256
 
 SCHEMA = 1
 
@@ -384,7 +384,8 @@ def source_file(module: str) -> Path:
 def fingerprint(*modules: str) -> str:
     """12 hexadecimal digits that change when code that these modules stand on changes.
 
-    Docstrings, comments and layout do not count.
+    Docstrings, comments and layout do not count. The files are read as they are now: start a
+    process anew after changing the library beneath it.
     """
     digest = hashlib.sha256()
     for module in sorted(source_closure(*modules)):
@@ -465,8 +466,9 @@ def _checked(kind: type, entries: Any) -> dict[str, Any]:
 
 
 def _unreadable(path: str | os.PathLike, why: str) -> RecordError:
+    command = f"git checkout -- {shlex.quote(str(path))}"
     return RecordError(
-        f"{path} is not a readable record: {why}. Restore it (git checkout -- {shlex.quote(str(path))}), "
+        f"{path} is not a readable record: {why}. Restore it ({command}), "
         "or delete it and run it again."
     )
 

@@ -30,9 +30,9 @@ from torch import Tensor, nn
 from torch.optim.swa_utils import get_ema_multi_avg_fn
 from tqdm import tqdm
 
-from .files import sha256
-from .profiles import resolve_device, unknown
-from .records import has_fast_bf16
+from feedforward.files import sha256
+from feedforward.profiles import resolve_device, unknown
+from feedforward.records import has_fast_bf16
 
 SCHEDULES = ("cosine", "linear", "constant")
 PRECISIONS = ("auto", "fp32", "bf16")
