@@ -215,6 +215,16 @@ def test_a_few_large_files_are_each_cut_at_their_end(fresh_cache, folder):
     assert text.decode(text.train).count("\n\n") + text.decode(text.test).count("\n\n") > 100
 
 
+def test_a_file_without_empty_lines_is_cut_between_its_lines(fresh_cache, tmp_path):
+    lines = [f"entry {number}: {'word ' * 10}{number}" for number in range(1000)]
+    (tmp_path / "list.txt").write_text("\n".join(lines))
+    text = load_text(tmp_path, vocabulary=300)
+    parts = [text.decode(getattr(text, split)) for split in data.SPLITS]
+    joined = "".join(parts).replace(data.END_OF_TEXT, "").splitlines()
+    assert joined[:1000] == [" ".join(line.split()) for line in lines]
+    assert [part.count("\n") // 10 for part in parts] == [90, 5, 5]
+
+
 def test_many_small_files_are_held_out_whole(fresh_cache, tmp_path):
     for number in range(30):
         (tmp_path / f"{number:02}.txt").write_text(prose(number, paragraphs=5))

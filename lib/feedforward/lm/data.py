@@ -171,11 +171,18 @@ _FIRST_SCENE = re.compile(
 _BYLINE = re.compile(r"^by William Shakespeare$", re.MULTILINE)
 
 
-def _paragraphs(text: str) -> tuple[str, ...]:
-    """Split at empty lines; inside a line runs of white space become one space."""
+def _paragraphs(text: str, *, longest: int = 10_000) -> tuple[str, ...]:
+    """Split at empty lines; inside a line runs of white space become one space.
+
+    A block of more than `longest` characters is a list with an entry a line: each is a paragraph.
+    """
     lines = (" ".join(line.split()) for line in text.splitlines())
-    blocks = re.split(r"\n{2,}", "\n".join(lines).strip("\n"))
-    return tuple(f"{block}\n\n" for block in blocks if block)
+    paragraphs = []
+    for block in re.split(r"\n{2,}", "\n".join(lines).strip("\n")):
+        parts = block.splitlines(keepends=True) if len(block) > longest else [block]
+        if block:
+            paragraphs += [*parts[:-1], f"{parts[-1]}\n\n"]
+    return tuple(paragraphs)
 
 
 def _read_kjv(source: Source) -> list[Work]:
