@@ -425,7 +425,7 @@ def test_exact_counts():
     wrong = dataclasses.replace(statistic, printed=cells | {"s parameters": 120e6})
     verdict = judge(wrong, [])
     assert verdict.verdict == "not reproduced"
-    assert "3 of 4 numbers agree" in verdict.reason
+    assert "3 of 4 printed numbers agree" in verdict.reason
     with pytest.raises(ClaimError, match="cannot be loaded"):
         judge(dataclasses.replace(statistic, check="feedforward.claims:no_such"), [])
     for cell in ("xxl parameters", "xl weights", "xl"):
@@ -564,7 +564,7 @@ def test_ledger_shows_every_claim(book):
     assert len(rows) == len(book) == text.count('class="claim"')
     for one in book:
         assert f"(claim-{one.claim.id})=" in text
-        assert f"{{doc}}`/{one.claim.chapter}`" in text
+        assert f"{{doc}}`chapter </{one.claim.chapter}>`" in text
     # a cell never breaks out of its row
     assert all(re.match(r"(\* -|  -|    |:|$)", line) for line in text.splitlines())
 

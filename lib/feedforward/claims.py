@@ -17,9 +17,9 @@ from typing import Any
 import numpy as np
 import yaml
 
-from .files import checkout
-from .profiles import PROFILES
-from .records import Record, load_records
+from feedforward.files import checkout
+from feedforward.profiles import PROFILES
+from feedforward.records import Record, load_records
 
 CONFIDENCE = 0.95
 LEAST_SEEDS = 3
@@ -208,6 +208,11 @@ class Verdict:
     def verdict(self) -> str:
         """One of :data:`VERDICTS`."""
         return self.weakest.verdict
+
+    @property
+    def records(self) -> tuple[Record, ...]:
+        """The records behind the numbers that are shown."""
+        return tuple(run for result in self.results for run in result.records)
 
     @property
     def reason(self) -> str:
@@ -611,13 +616,13 @@ def _item_covariance(
 
 def _quantile(parts: list[tuple[np.ndarray, int]]) -> float:
     """Student's t for a sum of estimated variances (Welch and Satterthwaite)."""
-    from scipy.stats import t
+    from scipy.special import stdtrit
 
     sizes = [(float(np.trace(part)), freedom) for part, freedom in parts]
     spread = sum(size**2 / freedom for size, freedom in sizes)
     total = sum(size for size, _ in sizes)
     freedom = total**2 / spread if spread else min(freedom for _, freedom in sizes)
-    return float(t.ppf(0.5 + CONFIDENCE / 2, freedom))
+    return float(stdtrit(freedom, 0.5 + CONFIDENCE / 2))
 
 
 def _estimate(statistic: Statistic, mean: np.ndarray) -> float:
@@ -657,7 +662,7 @@ def _exact(statistic: Statistic) -> Result:
     errors = [abs(count(cell) / printed - 1) for cell, printed in statistic.printed.items()]
     agreeing = sum(statistic.band[0] <= error <= statistic.band[1] for error in errors)
     worst = max(errors)
-    reason = f"{agreeing} of {len(errors)} numbers agree, the largest deviation is {worst:.1%}"
+    reason = f"{agreeing} of {len(errors)} printed numbers agree"
     verdict = "exact" if agreeing == len(errors) else "not reproduced"
     return Result(statistic, verdict, reason, worst, worst, worst)
 
@@ -671,7 +676,7 @@ def structured_cost(cell: str) -> float:
     Raises:
         ValueError: if the model or the quantity has another name.
     """
-    from .layers.cost import PAPER_SHAPES, breakdown
+    from feedforward.layers.cost import PAPER_SHAPES, breakdown
 
     name, _, quantity = cell.partition(" ")
     if name not in PAPER_SHAPES or quantity not in ("parameters", "FFN parameters", "FLOPs"):
@@ -775,13 +780,8 @@ def ledger_markdown(verdicts: Iterable[Verdict] | None = None) -> str:
     its paper and verdict as data attributes, which ``_static/ledger.js`` filters by.
     """
     verdicts = current_verdicts() if verdicts is None else list(verdicts)
-    lines = [
-        ":::::{list-table}",
-        ":class: ledger",
-        ":header-rows: 1",
-        ":widths: 8 28 18 14 12 12 8",
-    ]
-    heads = ("Claim", "Statement", "The paper's number", "Ours", "Scale", "Verdict", "Chapter")
+    lines = [":::::{list-table}", ":class: ledger", ":header-rows: 1", ":widths: 13 34 22 16 15"]
+    heads = ("Claim", "Statement", "The paper's number", "Ours", "Verdict")
     lines += ["", *_cells([[head] for head in heads])]
     for one, row in zip(verdicts, ledger_rows(verdicts), strict=True):
         claim, verdict = one.claim, one.verdict
@@ -789,13 +789,15 @@ def ledger_markdown(verdicts: Iterable[Verdict] | None = None) -> str:
         kind = verdict.replace(" ", "-")
         lines += _cells(
             [
-                [f"(claim-{claim.id})=", f"<span {tag}>{claim.id}</span>"],
+                [
+                    f"(claim-{claim.id})=",
+                    f"<span {tag}>{claim.id}</span>",
+                    f"{{doc}}`chapter </{claim.chapter}>`",
+                ],
                 [claim.statement, *([f"*{claim.note}*"] if claim.note else [])],
                 [f'{_minus(p.value)} <span class="mark">{p.mark}</span>' for p in claim.published],
-                row["ours"].split("; "),
-                [row["scale"]],
+                [*row["ours"].split("; "), *([f"*{row['scale']}*"] if one.records else [])],
                 [f'<span class="verdict verdict-{kind}">{verdict}</span>', row["because"]],
-                [f"{{doc}}`/{claim.chapter}`"],
             ]
         )
     return "\n".join([*lines, ":::::", ""])
@@ -837,7 +839,7 @@ def _ours(verdict: Verdict) -> str:
 def _result(result: Result) -> str:
     statistic = result.statistic
     if statistic.kind == "exact":
-        return result.reason
+        return f"{len(statistic.printed)} numbers, at most {100 * result.estimate:.1f} % apart"
     sign = "+" if statistic.null == 0 else ""
     width = result.high - result.low
     decimals = max(0, 1 - math.floor(math.log10(width))) if width > 0 else 3
@@ -849,9 +851,10 @@ def _result(result: Result) -> str:
 
 
 def _scale(verdict: Verdict) -> str:
-    runs = [run for result in verdict.results for run in result.records]
+    runs = verdict.records
     if not runs:
-        return "counted" if verdict.verdict == "exact" else "–"
+        exact = all(result.statistic.kind == "exact" for result in verdict.results)
+        return "counted" if exact else "–"
     profiles = "/".join(dict.fromkeys(run.profile for run in runs))
     arms: dict[tuple[str, str], set[int]] = {}
     for run in runs:

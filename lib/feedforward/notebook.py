@@ -20,10 +20,10 @@ from numbers import Integral, Real
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from . import plotting
-from .profiles import Profile, check_parameters
-from .records import Record, describe_device
-from .training import seed_everything
+from feedforward import plotting
+from feedforward.profiles import Profile, check_parameters
+from feedforward.records import Record, describe_device
+from feedforward.training import seed_everything
 
 if TYPE_CHECKING:
     import torch

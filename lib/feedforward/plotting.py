@@ -15,7 +15,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import to_rgb
 
-from .records import Record
+from feedforward.records import Record
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -177,9 +177,9 @@ def curve_with_band(
     drawn = line_style(variants[0])
     ax.plot(common, mean, label=label or variants[0], **drawn)
     if len(curves) >= 3:
-        from scipy.stats import t
+        from scipy.special import stdtrit
 
-        half = t.ppf(0.975, len(curves) - 1) * values.std(axis=0, ddof=1) / len(curves) ** 0.5
+        half = stdtrit(len(curves) - 1, 0.975) * values.std(axis=0, ddof=1) / len(curves) ** 0.5
         ax.fill_between(common, mean - half, mean + half, color=drawn["color"], alpha=0.2, lw=0)
 
 
