@@ -27,7 +27,7 @@ def main() -> int:
     stages = {
         "style (ruff)": [*python, "ruff", "check", "."],
         "format (ruff)": [*python, "ruff", "format", "--check", "."],
-        "floors (import-linter)": [str(Path(sys.executable).parent / "lint-imports"), "--quiet"],
+        "floors (import-linter)": [str(Path(sys.executable).parent / "lint-imports")],
         "unit tests and doctests": [*pytest("unit"), "-n", "2", "--doctest-modules"]
         + ["lib", "tests", "--ignore", "tests/book"],
         "notebooks (nbval)": [*pytest("notebooks"), "--nbval", "--nbval-current-env"]

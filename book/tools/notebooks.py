@@ -7,7 +7,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 
-from feedforward import records
+from feedforward import sources
 from feedforward.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -42,12 +42,12 @@ class Notebook:
         code = "\n".join(
             cell.source for cell in self.read_source().cells if cell.cell_type == "code"
         )
-        return _files_of(records.source_closure(*records.modules_of_source(code)))
+        return _files_of(sources.source_closure(*sources.modules_of_source(code)))
 
     @staticmethod
     def modules_behind(module: str) -> list[str]:
         """Files of the library behind `module`, itself included."""
-        return _files_of(records.source_closure(module))
+        return _files_of(sources.source_closure(module))
 
     @property
     def results(self) -> list[str]:
@@ -132,4 +132,4 @@ def _rendering(cell: nbformat.NotebookNode) -> str:
 
 
 def _files_of(modules: set[str]) -> list[str]:
-    return sorted(str(records.source_file(m).relative_to(ROOT)) for m in modules)
+    return sorted(str(sources.source_file(m).relative_to(ROOT)) for m in modules)
