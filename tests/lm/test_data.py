@@ -183,6 +183,9 @@ def test_a_broken_registry_is_a_clear_error(tmp_path):
     (tmp_path / "registry.toml").write_text("[kjv\n")
     with pytest.raises(DataError, match="not valid TOML"):
         data.registry(tmp_path / "registry.toml")
+    (tmp_path / "registry.toml").write_text("[kjv]\npart = 'lm'\n")
+    with pytest.raises(DataError, match=r"incomplete.*title"):
+        data.registry(tmp_path / "registry.toml")
 
 
 # --- cleaning -----------------------------------------------------------------------------------

@@ -85,17 +85,22 @@ def registry(path: str | os.PathLike = _REGISTRY) -> dict[str, Source]:
         ) from None
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
         raise DataError(f"{path} is not valid TOML ({error}); restore it with git.") from error
-    return {
-        name: Source(
-            name=name,
-            **{key: entry[key] for key in ("title", "package", "version", "licence", "about")},
-            files={file: (it["bytes"], it["sha256"]) for file, it in entry["files"].items()},
-            validation=tuple(entry["validation"]),
-            test=tuple(entry["test"]),
-        )
-        for name, entry in entries.items()
-        if entry["part"] == "lm"
-    }
+    try:
+        return {
+            name: Source(
+                name=name,
+                **{key: entry[key] for key in ("title", "package", "version", "licence", "about")},
+                files={file: (it["bytes"], it["sha256"]) for file, it in entry["files"].items()},
+                validation=tuple(entry["validation"]),
+                test=tuple(entry["test"]),
+            )
+            for name, entry in entries.items()
+            if entry["part"] == "lm"
+        }
+    except (KeyError, TypeError, AttributeError) as error:
+        raise DataError(
+            f"an entry of {path} is incomplete ({error!r}); see data/README.md"
+        ) from error
 
 
 @dataclass(frozen=True)
