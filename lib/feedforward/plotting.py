@@ -67,11 +67,8 @@ _DASHES = {"63": "--", "guided": "-.", "unbalanced": "--", "matched": "--"}
 
 
 def style() -> None:
-    """Set the book's style for every figure that follows, seaborn's included."""
-    import seaborn
-
+    """Set the book's style for every figure that follows; seaborn takes its colours from it."""
     plt.style.use(STYLE)
-    seaborn.set_palette([INK, *PALETTE])
 
 
 def arm(variant: str) -> Arm:
