@@ -144,7 +144,7 @@ def check(
     else:
         band = f"within {low:g} to {high:g}"
     band = f"{band} {unit}".rstrip()
-    number = float(value)
+    number = float(value.detach() if hasattr(value, "detach") else value)
     if not floor <= number <= ceiling:
         raise OutsideBand(
             f"{name} is {number:g}, declared {band}. The code, a library or the data changed the "
