@@ -502,8 +502,14 @@ class BlockDense(StructuredLinear):
         return (_by_blocks(self.u, self.blocks) @ self.v).transpose(0, 1).flatten(1)
 
     def _multiply(self, x: Tensor) -> Tensor:
-        h = _by_blocks(x, self.blocks) @ self.v.transpose(1, 2)
-        return F.linear(h.transpose(0, 1).flatten(1), self.u, self.bias)
+        blocks, v = _by_blocks(x, self.blocks), self.v.transpose(1, 2)
+        if x.shape[0] <= 16 and _allows_out(x):
+            # decoding: the blocks write side by side, which saves a copy and a tenth of the time
+            h = x.new_empty(x.shape[0], self.rank)
+            torch.bmm(blocks, v, out=_by_blocks(h, self.blocks))
+        else:
+            h = (blocks @ v).transpose(0, 1).flatten(1)
+        return F.linear(h, self.u, self.bias)
 
     def _project(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         # the columns of u that belong to a block see its inputs alone
@@ -520,9 +526,10 @@ class PreMerged(nn.Module):
     ``book/foundations/03-structured-matrices``.
 
     W is the buffer `merged` (M, N). It is in no checkpoint, and None in training mode, which always
-    uses V and U. It is made by ``eval()``, and anew whenever the weights were changed in place
-    or loaded in eval mode. Where gradients of V and U are wanted (``requires_grad``, outside of
-    ``torch.no_grad()``) V and U are used whatever the number of tokens.
+    uses V and U. It is made by ``eval()``, and anew when the weights were loaded or changed in
+    place in eval mode (a compiled module sees only the loading; call `merge` there). Where
+    gradients of V and U are wanted (``requires_grad``, outside of ``torch.no_grad()``) V and U are
+    used whatever the number of tokens.
 
     Args:
         layer: a `LowRank`, `BlockShuffle` or `BlockDense`; it is kept as ``.layer``, and its keys
@@ -575,7 +582,7 @@ class PreMerged(nn.Module):
         fits = x.dim() > 0 and x.shape[-1] == self.in_features
         if self.training or wants_gradients or not few or not fits:
             return layer(x)
-        if self.merged is None or self._merged_from != self._versions():
+        if self._is_stale():
             self.merge()
         return F.linear(x, self.merged, layer.bias)
 
@@ -642,6 +649,11 @@ class PreMerged(nn.Module):
         """The threshold in tokens."""
         return f"threshold={self.threshold}"
 
+    def _is_stale(self) -> bool:
+        # a compiled graph cannot ask for versions
+        outdated = not torch.compiler.is_compiling() and self._merged_from != self._versions()
+        return self.merged is None or outdated
+
     def _versions(self) -> tuple[int, ...] | None:
         """Counts every change in place of V and U; inference tensors do not count."""
         weights = self.layer.v, self.layer.u
@@ -666,6 +678,12 @@ def _merge_after_loading(module: PreMerged, incompatible_keys) -> None:
 def _by_blocks(x: Tensor, blocks: int) -> Tensor:
     """Cut the columns of `x` (T, N) into blocks (B, T, N/B), without a copy."""
     return x.view(x.shape[0], blocks, x.shape[1] // blocks).transpose(0, 1)
+
+
+def _allows_out(x: Tensor) -> bool:
+    """Whether a product may write into a tensor that is there already."""
+    tracked = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return not tracked and not torch.is_autocast_enabled(x.device.type)
 
 
 def _polar(weight: Tensor) -> Tensor:
