@@ -7,8 +7,9 @@ All contestants hold the same weights, route the same tokens the same way, and a
 before they are timed. They run in one process, one after the other in each round, in an order that
 turns from round to round; what is compared is CPU time (on a GPU, time between events), medians
 over the rounds. ``dense`` is one feed-forward layer of an expert's size on T * k rows: equal active
-FLOPs. On CPU much of a step is the kernel handing out fresh pages; ``--keep-memory`` lets the
-allocator keep what is freed, as a training run would set it.
+FLOPs. ``floor`` is what no implementation can do without: the matrix products and the activations
+of the chosen experts, each expert a layer of its own. On CPU much of a step is the kernel handing
+out fresh pages; ``--keep-memory`` lets the allocator keep what is freed.
 """
 
 import argparse
@@ -40,7 +41,7 @@ BARS = {
         if cell["tokens"] == 512 and cell["dtype"] == "float32"
         else None
     ),
-    "products": lambda cell: None,
+    "floor": lambda cell: None,
 }
 
 
@@ -92,18 +93,17 @@ class Dense(nn.Module):
         return self.second(self.activate(h))
 
 
-class Products(nn.Module):
-    """The experts' matrix products alone, on as many rows each as the routing gives them."""
+class Floor(nn.Module):
+    """The experts alone, on as many rows each as the routing gives them."""
 
     def __init__(self, moe: MoE, sizes: list[int]):
         super().__init__()
-        self.hidden, self.sizes = moe.hidden, sizes
-        self.first = nn.ParameterList(w.detach().clone() for w in moe.w_in)
-        self.second = nn.ParameterList(w.detach().clone() for w in moe.w_out)
+        self.experts = nn.ModuleList(Dense(moe) for _ in sizes)
+        self.sizes = sizes
 
     def forward(self, rows: Tensor) -> Tensor:
-        parts = zip(rows.split(self.sizes), self.first, self.second, strict=True)
-        return torch.cat([F.linear(F.linear(x, w)[:, : self.hidden], v) for x, w, v in parts])
+        parts = zip(rows.split(self.sizes), self.experts, strict=True)
+        return torch.cat([expert(part) for part, expert in parts])
 
 
 def contestants(args, gated: bool, dtype: torch.dtype, tokens: int) -> dict[str, tuple]:
@@ -130,7 +130,7 @@ def contestants(args, gated: bool, dtype: torch.dtype, tokens: int) -> dict[str,
     modules = {"ours": (moe, x), "hf_grouped": (grouped, x), "hf_eager": (eager, x)}
     modules["dense"] = (Dense(moe), rows)
     sizes = routing.indices.reshape(-1).bincount(minlength=args.experts).tolist()
-    modules["products"] = (Products(moe, sizes), rows)
+    modules["floor"] = (Floor(moe, sizes), rows)
     return {name: (module, x, torch.randn_like(x)) for name, (module, x) in modules.items()}
 
 
@@ -235,9 +235,9 @@ def main(argv: list[str] | None = None) -> int:
         "keep_memory": args.keep_memory,
     }
     print(", ".join(f"{name} {value}" for name, value in setting.items()))
-    print("times ours as a multiple of each peer's; ! marks a bar that does not hold")
+    print("ours as a multiple of each peer's time; ! a bar does not hold, ~ nor could the floor")
     print(f"{'cell':<28}{'pass':<5}{'ours ms':>9}" + "".join(f"{name:>13}" for name in BARS))
-    cells, missed = [], 0
+    cells, missed, impossible = [], 0, 0
     for shape in args.experts_shape:
         for dtype in args.dtype:
             for tokens in args.tokens:
@@ -251,12 +251,14 @@ def main(argv: list[str] | None = None) -> int:
                     for peer, bar in BARS.items():
                         ratio, limit = seconds["ours"] / seconds[peer], bar(cell)
                         cell["ratio"][peer], cell["bar"][peer] = ratio, limit
-                        over = limit is not None and ratio > limit
-                        missed += over
-                        text += f"{ratio:12.2f}{'!' if over else ' '}"
+                        mark = " "
+                        if limit is not None and ratio > limit:
+                            mark = "~" if seconds["floor"] / seconds[peer] > limit else "!"
+                        missed, impossible = missed + (mark == "!"), impossible + (mark == "~")
+                        text += f"{ratio:12.2f}{mark}"
                     print(text, flush=True)
                     cells.append(cell)
-    print(f"{missed} bars do not hold" if missed else "every bar holds")
+    print(f"{missed} bars do not hold; {impossible} more are below the floor")
     if args.json:
         args.json.write_text(json.dumps({"setting": setting, "cells": cells}, indent=1) + "\n")
     return 0

@@ -265,6 +265,16 @@ def test_losses_without_a_real_token_are_zero_with_a_graph(loss, case):
     assert (router.gate.grad == 0).all()
 
 
+def test_losses_of_any_routing_ignore_what_padding_holds():
+    logits = torch.tensor([[1.0, 2.0], [float("nan")] * 2], requires_grad=True)
+    p = logits.softmax(1)
+    routing = Routing(torch.ones(2, 1).long(), p[:, 1:], p, logits, torch.tensor([True, False]))
+    for loss in (load_balancing_loss(routing), router_z_loss(routing)):
+        assert loss.isfinite()
+    router_z_loss(routing).backward()
+    assert logits.grad.isfinite().all()
+
+
 def test_as_many_choices_as_experts():
     router = TopKRouter(DIM, EXPERTS, k=EXPERTS, dtype=torch.float64)
     routing = router(tokens())

@@ -290,10 +290,7 @@ class _Collectors(list):
     """The lists that a layer adds its routings to: shared by shallow copies, such as the replicas
     of DataParallel; a deep copy or an unpickled layer is another layer and starts without any."""
 
-    def __deepcopy__(self, memo) -> "_Collectors":
-        return _Collectors()
-
-    def __reduce__(self):
+    def __reduce__(self):  # deepcopy and pickle both ask here
         return _Collectors, ()
 
 
