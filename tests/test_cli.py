@@ -26,7 +26,7 @@ class Demo:
 made = []
 
 
-def demo_run(config, *, progress=True):
+def demo_run(config, *, progress=True, device="auto"):
     made.append((config.variant, config.seed))
     if config.variant == "broken":
         raise TrainingError("loss is nan at step 3")
@@ -191,7 +191,7 @@ def test_a_damaged_record_is_one_line_with_its_path(capsys):
 
 
 def test_an_error_of_the_program_keeps_its_traceback(demo):
-    def fail(config, *, progress):
+    def fail(config, *, progress, device):
         raise RuntimeError("a bug")
 
     demo.run = fail
@@ -242,7 +242,7 @@ def test_help_is_there_without_loading_torch():
     assert "claims" in done.stdout
 
 
-def trained_run(config, *, progress=True):
+def trained_run(config, *, progress=True, device="auto"):
     import torch
     from torch import nn
 

@@ -8,7 +8,14 @@ from typing import Annotated, Any
 import typer
 from typer.core import TyperCommand
 
-from feedforward.profiles import EXPERIMENTS, PROFILES, get_profile, load_experiment, unknown
+from feedforward.profiles import (
+    EXPERIMENTS,
+    PROFILES,
+    get_profile,
+    load_experiment,
+    resolve_device,
+    unknown,
+)
 from feedforward.records import Record, cached, config_key, load_records, result_path
 
 # What a command needs beyond these loads inside it: the help is there at once.
@@ -90,6 +97,7 @@ def run(
     experiment = load_experiment(part)
     grid = experiment.grid(part, profile)
     jobs = _shard(_jobs(grid, profile, seeds or scale.seeds, variants), shard)
+    device = None if dry_run else resolve_device(scale.device)
     for number, job in enumerate(jobs, start=1):
         status = job.status
         head = f"[{number}/{len(jobs)}] {job.name}"
@@ -98,7 +106,8 @@ def run(
             continue
         print(f"{head}  ...", file=sys.stderr, flush=True)
         bar = sys.stderr.isatty()
-        result = cached(experiment.run, job.config, profile=profile, progress=bar)
+        options = {"progress": bar, "device": device}
+        result = cached(experiment.run, job.config, profile=profile, **options)
         result = dataclasses.replace(result, profile=profile)
         if record:
             result.save(result_path(result.experiment, profile, result.variant, result.seed))
@@ -174,7 +183,6 @@ def env() -> None:
     import torch
 
     from feedforward.files import cache_directory, results_directory
-    from feedforward.profiles import resolve_device
     from feedforward.records import Provenance, describe_device
 
     here = Provenance.here(seconds=0.0)

@@ -76,7 +76,8 @@ PROFILES = {
 }
 
 #: The book's parts with an experiment, and the module that holds it. The module offers
-#: ``grid(part, profile) -> {variant: config}`` and ``run(config, *, progress=True) -> Record``.
+#: ``grid(part, profile) -> {variant: config}`` and
+#: ``run(config, *, progress=True, device="auto") -> Record``.
 EXPERIMENTS = {
     "foundations": "feedforward.lm.experiment",
 }

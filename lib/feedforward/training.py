@@ -389,7 +389,9 @@ def _adamw(
     for name, parameter in model.named_parameters():
         if not parameter.requires_grad:
             continue
-        decays = config.decay_all or not (parameter.ndim < 2 or name.endswith("bias"))
+        # the biases of stacked experts are matrices, one row an expert
+        is_bias = name.rpartition(".")[2].startswith(("bias", "b_"))
+        decays = config.decay_all or not (parameter.ndim < 2 or is_bias)
         settings = {
             "lr": config.lr,
             "warmup": config.warmup,
