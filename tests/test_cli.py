@@ -7,6 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import pytest
+import torch
 
 from feedforward import cli, profiles
 from feedforward.cli import main
@@ -84,8 +85,16 @@ def test_list_options_in_every_form(capsys, arguments):
 
 
 def test_the_seeds_are_the_profiles_if_not_given(capsys):
-    call(capsys, "run", "demo", "--profile", "gpu", "--variants", "moe")
+    call(capsys, "run", "demo", "--profile", "cpu", "--variants", "moe")
     assert made == [("moe", 0), ("moe", 1), ("moe", 2)]
+
+
+@pytest.mark.skipif(torch.cuda.is_available(), reason="this machine has a GPU")
+def test_a_gpu_profile_without_a_gpu_is_refused(capsys):
+    status, _, errors = call(capsys, "run", "demo", "--profile", "gpu")
+    assert status == 2
+    assert "device is 'cuda'" in errors
+    assert made == []
 
 
 def test_what_was_run_is_loaded(capsys):
