@@ -8,7 +8,7 @@ import shutil
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
-from functools import cache
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, NamedTuple, TypeVar
 
@@ -144,7 +144,7 @@ def find_ffns(model: nn.Module) -> list[FeedForward]:
     An FFN is, inside a repeated block (an element of a ``ModuleList``, or of a ``Sequential`` of
     blocks of one class), one activation between linear maps that go from a width to a hidden width
     and back: within one module (DistilBERT, GPT-2, Llama, T5, BART) or with the second map in the
-    module that follows (BERT, ViT). An activation is what works element by element and is not
+    module that follows (BERT). An activation is what works element by element and is not
     linear, which is tried out. A module that is an FFN and nothing else is followed with a probe,
     which shows what is gate and what is up and turns away modules that do anything more.
     Attention, embeddings, poolers and heads are none of this. Structured linear maps count as
@@ -157,22 +157,26 @@ def find_ffns(model: nn.Module) -> list[FeedForward]:
         The FFNs in the order in which the model registers them. Those that were replaced by
         something else are missing, but the numbers of the others count them.
     """
-    found, index, seen = [], 0, set()
-    with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for path, name, repeated in _walk(model):
-            module = path[-1]
-            if getattr(module, _REPLACED, False):
-                index += 1
-            elif repeated and id(module) not in seen:
-                seen.add(id(module))
-                if ffn := _match(path, name, index):
-                    found.append(ffn)
-                    index += 1
-    return found
+    return [ffn for ffn in _places_of_ffns(model) if ffn is not None]
 
 
 # marks what stands in the place of an FFN
 _REPLACED = "_replaces_ffn"
+
+
+def _places_of_ffns(model: nn.Module) -> list[FeedForward | None]:
+    """The FFNs by number; None where one was replaced."""
+    places, seen = [], set()
+    with torch.no_grad(), torch.random.fork_rng(devices=[]):
+        for path, name, repeated in _walk(model):
+            module = path[-1]
+            if getattr(module, _REPLACED, False):
+                places.append(None)
+            elif repeated and id(module) not in seen:
+                seen.add(id(module))
+                if ffn := _match(path, name, len(places)):
+                    places.append(ffn)
+    return places
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[list[nn.Module], str, bool]]:
@@ -203,7 +207,7 @@ def _match(path: list[nn.Module], name: str, index: int) -> FeedForward | None:
     if len(activations) != 1:
         return None
     activation = _Place(owner, activations[0])
-    block = next((m for m in reversed(path) if "attention_mask" in _parameters(type(m))), None)
+    block = next((m for m in reversed(path) if "attention_mask" in _parameters(m)), None)
 
     def ffn(places, dim, hidden, gated, whole=None, dropout=None):
         modules = tuple(getattr(place.owner, place.name) for place in places)
@@ -328,48 +332,44 @@ def _follow(
 ) -> _Followed | None:
     """Follow a probe through a module: is it an FFN, which map is the gate, what else is done.
 
-    The linear maps run on the meta device, so that no weight is read, and hand on known numbers.
-    None when what reaches the last map is not what an FFN makes of them.
+    Meanwhile the linear maps note what they are given and hand on known numbers, so that no weight
+    is read. None when what reaches the last map is not what an FFN makes of them.
     """
     generator = torch.Generator(device="cpu").manual_seed(0)
     function = getattr(owner, activation)
-    known, given, after = {}, {}, []
+    dtype = next(owner.parameters()).dtype
+    dropouts = [m for m in owner.children() if isinstance(m, nn.modules.dropout._DropoutNd)]
+    stood_in = [getattr(owner, key) for key in (*into, down)] + dropouts
+    forwards = [vars(module).get("forward") for module in stood_in]
+    given, known, after = {}, {}, []
 
-    def take(key):
-        def hook(module, args):
-            given[key] = args[0]
-            return (args[0].to("meta", dtype),)
+    # what works in chunks takes whole ones only
+    length = getattr(owner, "chunk_size_feed_forward", 0) or 2
 
-        return hook
+    def numbers(width):
+        return torch.randn(1, length, width, generator=generator, device="cpu").to(dtype)
 
-    def hand_on(key):
-        def hook(module, args, output):
-            shape = output.shape
-            known[key] = torch.randn(shape, generator=generator, device="cpu", dtype=torch.float32)
+    def linear(key):
+        def forward(x):
+            given[key], known[key] = x, numbers(_features(getattr(owner, key))[1])
             return known[key]
 
-        return hook
+        return forward
 
-    def skip_dropout(module, args, output):
-        after.extend([module] if down in known else [])
-        return args[0]
+    def no_dropout(module):
+        def forward(x):
+            after.extend([module] if down in known else [])
+            return x
 
-    weights = {
-        key: weight.to("meta")
-        for key, weight in (*owner.named_parameters(), *owner.named_buffers())
-    }
-    dtype = next(owner.parameters()).dtype
-    x = torch.empty(1, 2, dim, device="meta", dtype=dtype)
-    hooks = []
-    for key in (*into, down):
-        linear = getattr(owner, key)
-        hooks += [linear.register_forward_pre_hook(take(key))]
-        hooks += [linear.register_forward_hook(hand_on(key))]
-    for module in owner.children():
-        if isinstance(module, nn.modules.dropout._DropoutNd):
-            hooks += [module.register_forward_hook(skip_dropout)]
+        return forward
+
+    x = numbers(dim)
     try:
-        output = torch.func.functional_call(owner, weights, (x,))
+        for key in (*into, down):
+            getattr(owner, key).forward = linear(key)
+        for module in dropouts:
+            module.forward = no_dropout(module)
+        output = owner(x)
         if len(into) == 2:
             orders = [into, into[::-1]]
             made = [function(known[gate]) * known[up] for gate, up in orders]
@@ -387,8 +387,10 @@ def _follow(
     except Exception:  # another signature, another path: not an FFN by itself
         return None
     finally:
-        for hook in hooks:
-            hook.remove()
+        for module, forward in zip(stood_in, forwards, strict=True):
+            del module.forward
+            if forward is not None:
+                module.forward = forward
 
 
 # -- operations ------------------------------------------------------------------------------
@@ -405,7 +407,7 @@ def structured(
     Args:
         layer: ``LowRank``, ``BlockShuffle`` or ``BlockDense``.
         guided: arguments of ``SelfGuided``, such as ``{"steps": 1000}``, to train the layers with
-            self-guidance (arXiv 2406.16450, section 3); None for without.
+            self-guidance (arXiv 2406.16450); None for without.
         options: what the layer takes, such as ``rank=64``; or ``parameters=0.32``, the share of a
             dense layer's parameters, which ``layer.from_ratio`` makes ranks and blocks of.
 
@@ -450,14 +452,15 @@ def replace_ffn(
       activations goes.
 
     An ``MoE`` in a block that is given an attention mask gets the mask of real tokens at every
-    call, so that padding is never routed; nothing is stored between calls, so activation
-    checkpointing and several threads are no matter. What was done is recorded in
-    ``model.config.feedforward``, from which ``load`` repeats it. Explained in
-    ``book/foundations/02-mixture-of-experts`` and ``book/foundations/03-structured-matrices``.
+    call, so that padding is never routed. Nothing is kept between calls, so activation
+    checkpointing and several threads are no matter; ``torch.compile`` breaks its graph there. What
+    was done is recorded in ``model.config.feedforward``, from which ``load`` repeats it. Explained
+    in ``book/foundations/02-mixture-of-experts`` and ``book/foundations/03-structured-matrices``.
 
     Args:
         model: the model; it is changed.
-        build: makes the new modules, on ``ffn.device`` and in ``ffn.dtype``.
+        build: makes the new modules; they are moved to where the replaced weights are and into
+            their type (``ffn.device``, ``ffn.dtype``).
         layers: numbers of the FFNs to replace, negative ones from the end; None for all. The
             structured models of arXiv 2406.16450 keep the first one dense:
             ``layers=range(1, n)``.
@@ -567,9 +570,8 @@ def upcycle(
 
 def _choose(model: nn.Module, layers: Iterable[int] | None) -> list[FeedForward]:
     """The FFNs with these numbers."""
-    ffns = {ffn.index: ffn for ffn in find_ffns(model)}
-    replaced = sum(getattr(path[-1], _REPLACED, False) for path, *_ in _walk(model))
-    total = len(ffns) + replaced
+    places = _places_of_ffns(model)
+    total = len(places)
     if not total:
         raise ValueError(
             f"no feed-forward layer was found in {type(model).__name__}; in a repeated block "
@@ -577,29 +579,29 @@ def _choose(model: nn.Module, layers: Iterable[int] | None) -> list[FeedForward]
             "back"
         )
     if layers is None:
-        chosen = list(ffns)
+        chosen = [ffn for ffn in places if ffn is not None]
         if not chosen:
             raise ValueError(f"all {total} feed-forward layers have been replaced already")
-    else:
-        given = list(layers)
-        chosen = [index + total * (index < 0) for index in given]
-        for number, index in zip(given, chosen, strict=True):
-            if not 0 <= index < total:
-                raise ValueError(
-                    f"layers names {number}; the model has {total} feed-forward layers, "
-                    f"0 to {total - 1} or -{total} to -1"
-                )
-            if index not in ffns:
-                raise ValueError(f"feed-forward layer {number} has been replaced already")
-        if len(set(chosen)) < len(chosen):
-            raise ValueError(f"layers names a layer twice: {given}")
-    return [ffns[index] for index in sorted(chosen)]
+        return chosen
+    chosen = {}
+    for number in layers:
+        if not -total <= number < total:
+            raise ValueError(
+                f"layers names {number}; the model has {total} feed-forward layers, "
+                f"0 to {total - 1} or -{total} to -1"
+            )
+        if places[number] is None:
+            raise ValueError(f"feed-forward layer {number} has been replaced already")
+        if number % total in chosen:
+            raise ValueError(f"layers names feed-forward layer {number % total} twice")
+        chosen[number % total] = places[number]
+    return [chosen[index] for index in sorted(chosen)]
 
 
 def _check_built(
     new: nn.Module | Sequence[nn.Module], ffn: FeedForward
 ) -> nn.Module | tuple[nn.Module, ...]:
-    """What `build` returned, found to fit."""
+    """What `build` returned, found to fit, and where and of the type of what it replaces."""
     if isinstance(new, nn.Module) and not isinstance(new, nn.ModuleList):
         for name, size in (("in_features", ffn.dim), ("out_features", ffn.dim), ("dim", ffn.dim)):
             if getattr(new, name, size) != size:
@@ -612,7 +614,7 @@ def _check_built(
                 f"{ffn.name!r} does more than its gated FFN, so that no single module can take its "
                 "place; let build return one module for each linear map"
             )
-        return new
+        return new.to(device=ffn.device, dtype=ffn.dtype)
     if isinstance(new, str) or not isinstance(new, Iterable):
         raise ValueError(
             f"build returned {type(new).__name__} for {ffn.name!r}; it must return a module, or "
@@ -630,7 +632,7 @@ def _check_built(
                 f"build returned a map {_features(module)} in {ffn.name!r} in the place of one of "
                 f"{_features(old)}"
             )
-    return new
+    return tuple(module.to(device=ffn.device, dtype=ffn.dtype) for module in new)
 
 
 def _install(ffn: FeedForward, new: nn.Module | tuple[nn.Module, ...]) -> None:
@@ -651,14 +653,9 @@ def _install(ffn: FeedForward, new: nn.Module | tuple[nn.Module, ...]) -> None:
         ffn._activation.put(nn.Identity())
         down.put(nn.Identity())
     setattr(new, _REPLACED, True)
-    layers = [module for module in new.modules() if isinstance(module, MoE)]
-    if layers and ffn._block is not None:
-        hooks = ffn._block._forward_pre_hooks.values()
-        if _take_mask not in hooks:
-            ffn._block.register_forward_pre_hook(_take_mask, with_kwargs=True)
-            ffn._block.register_forward_hook(_drop_mask, always_call=True)
-        for layer in layers:
-            layer.register_forward_pre_hook(_give_mask, with_kwargs=True)
+    mixtures = [module for module in new.modules() if isinstance(module, MoE)]
+    if mixtures and ffn._block is not None:
+        _watch_masks(ffn._block, mixtures)
 
 
 def _upcycled(
@@ -671,6 +668,10 @@ def _upcycled(
     capacity_factor: float | None = None,
 ) -> MoE:
     """An MoE with the sizes of an FFN, and that FFN as the shared expert."""
+    if not isinstance(router, nn.Module):
+        raise ValueError(
+            f"router made a {type(router).__name__} for {ffn.name!r}; it must make a router module"
+        )
     if any(isinstance(linear, SelfGuided) for linear in ffn.linears):
         raise ValueError(
             f"{ffn.name!r} is trained with self-guidance; release its guides before upcycling"
@@ -706,6 +707,8 @@ def _copy_weights(ffn: FeedForward, moe: MoE, noise: float) -> None:
 @torch.no_grad()
 def _output_factor(moe: MoE) -> float:
     """What a new MoE gives of its parent's output; makes it the same for every token."""
+    if moe.w_in.is_meta:
+        return 1.0
     generator = torch.Generator().manual_seed(0)
     x = torch.randn(64, moe.dim, generator=generator).to(moe.w_in.device)
     router = moe.router.eval()
@@ -746,20 +749,55 @@ def _scale_output(moe: MoE, factor: float) -> None:
 _masks: contextvars.ContextVar[tuple[Tensor | None, ...]] = contextvars.ContextVar(
     "real tokens", default=()
 )
+# those of a block that a backward pass computes again, without its hooks
+_mask_again: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar(
+    "real tokens, again", default=None
+)
 
 
-@cache
-def _parameters(kind: type[nn.Module]) -> list[str]:
-    return list(inspect.signature(kind.forward).parameters)[1:]
+def _watch_masks(block: nn.Module, mixtures: list[MoE]) -> None:
+    """Let the mixtures of experts in a block know which tokens are real."""
+    if _drop_mask not in block._forward_hooks.values():
+        _hook(block, _take_mask)
+        block.register_forward_hook(_drop_mask, always_call=True)
+        inside = (module for module in block.modules() if module is not block)
+        attention = next((m for m in inside if "attention_mask" in _parameters(m)), None)
+        if attention is not None:
+            _hook(attention, _take_mask_again)
+    for moe in mixtures:
+        moe.register_forward_pre_hook(_give_mask, with_kwargs=True)
 
 
-def _take_mask(block: nn.Module, args: tuple, kwargs: dict) -> None:
-    """Forward pre-hook of a block: keep which tokens are real while it runs."""
-    names = _parameters(type(block))
+def _hook(module: nn.Module, hook: Callable) -> None:
+    hook = partial(hook, names=_parameters(module))
+    module.register_forward_pre_hook(hook, with_kwargs=True)
+
+
+def _parameters(module: nn.Module) -> tuple[str, ...]:
+    return tuple(inspect.signature(type(module).forward).parameters)[1:]
+
+
+def _given_mask(names: tuple[str, ...], args: tuple, kwargs: dict) -> Tensor | None:
     given = dict(zip(names, args, strict=False)) | kwargs
     mask = given.get("attention_mask")
-    real = None if mask is None else _real_tokens(mask, given[names[0]].shape)
-    _masks.set((*_masks.get(), real))
+    return None if mask is None else _real_tokens(mask, given[names[0]].shape)
+
+
+def _take_mask(block: nn.Module, args: tuple, kwargs: dict, *, names: tuple[str, ...]) -> None:
+    """Forward pre-hook of a block: keep which tokens are real while it runs."""
+    _masks.set((*_masks.get(), _given_mask(names, args, kwargs)))
+
+
+def _take_mask_again(
+    attention: nn.Module, args: tuple, kwargs: dict, *, names: tuple[str, ...]
+) -> None:
+    """Forward pre-hook of the self-attention in a block, which is given the same mask.
+
+    Activation checkpointing repeats the forward of a block with or without its hooks (transformers
+    5.23: without), but always with those of the modules inside.
+    """
+    if not _masks.get():
+        _mask_again.set(_given_mask(names, args, kwargs))
 
 
 def _drop_mask(block: nn.Module, args: tuple, output: object) -> None:
@@ -769,7 +807,11 @@ def _drop_mask(block: nn.Module, args: tuple, output: object) -> None:
 
 def _give_mask(moe: nn.Module, args: tuple, kwargs: dict) -> tuple[tuple, dict] | None:
     """Forward pre-hook of an MoE: hand it the mask of real tokens of the block around it."""
-    mask = next(reversed(_masks.get()), None)
+    if masks := _masks.get():
+        mask = masks[-1]
+    else:
+        in_backward = torch._C._current_graph_task_id() != -1
+        mask = _mask_again.get() if in_backward else None
     if mask is None or len(args) > 1 or "mask" in kwargs:
         return None
     tokens = args[0].shape[:-1]
