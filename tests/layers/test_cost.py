@@ -1,3 +1,5 @@
+from dataclasses import replace
+
 import pytest
 import torch
 from torch import nn
@@ -207,9 +209,12 @@ def test_guides_cost_in_training_alone():
     assert count(half.release()) == plain
 
 
-def test_a_merged_weight_is_no_parameter():
-    layer = LowRank(12, 48, rank=3)
-    assert count(PreMerged(layer, threshold=4).eval()) == count(LowRank(12, 48, rank=3))
+def test_a_merged_weight_is_read_for_one_token_but_no_parameter():
+    plain = count(LowRank(12, 48, rank=3))
+    merged = count(PreMerged(LowRank(12, 48, rank=3), threshold=4).eval())
+    assert merged.bytes == 4 * (12 * 48 + 48)
+    assert replace(merged, bytes=plain.bytes) == plain
+    assert count(PreMerged(LowRank(12, 48, rank=3), threshold=0).eval()) == plain
 
 
 def test_what_occurs_twice_is_run_twice_and_stored_once():

@@ -1,5 +1,6 @@
 """What a model costs: parameters, active parameters, FLOPs and bytes for each token."""
 
+from collections.abc import Mapping
 from dataclasses import dataclass, fields
 from fractions import Fraction
 from types import MappingProxyType
@@ -10,7 +11,13 @@ from torch import nn
 
 from feedforward.layers.experts import MoE
 from feedforward.layers.guided import SelfGuided
-from feedforward.layers.structured import BlockDense, BlockShuffle, LowRank, StructuredLinear
+from feedforward.layers.structured import (
+    BlockDense,
+    BlockShuffle,
+    LowRank,
+    PreMerged,
+    StructuredLinear,
+)
 
 
 @dataclass(frozen=True)
@@ -25,10 +32,11 @@ class Cost:
         parameters: learned numbers; a table shared by embedding and logits counts once.
         active_parameters: those that one token uses: k of E experts, everything else whole.
         flops: forward pass, per token.
-        training_flops: forward and backward pass, per token: three times the forward one.
+        training_flops: forward and backward pass, per token: three times the forward one, and
+            what the guides of ``SelfGuided`` layers add, a stochastic one half of its cost.
         bytes: weights read to process one token by itself, as in decoding without a batch: every
-            active weight once, of an embedding only the token's row. Keys and values of earlier
-            tokens are left out.
+            active weight once, of an embedding only the token's row, of a ``PreMerged`` layer the
+            dense weight. Keys and values of earlier tokens are left out.
     """
 
     parameters: int = 0
@@ -336,6 +344,14 @@ def _count_module(model: nn.Module, dtype: torch.dtype | None) -> Cost:
             use(guide, Fraction(0))
             # a stochastic guide runs in half of the forward passes: alpha is 1/2 on average
             training_only += (3 if module.stochastic else 6) * guide.numel()
+        elif isinstance(module, PreMerged) and module.threshold >= 1:
+            layer = module.layer
+            for parameter in layer.parameters():
+                use(parameter, part, None if parameter is layer.bias else 0)
+            flops += layer.flops_per_token
+            merged = layer.in_features * layer.out_features
+            read[id(module)] = merged * (dtype or layer.v.dtype).itemsize
+            return
         elif isinstance(module, MoE):
             part = Fraction(_experts_per_token(module, name), module.experts)
         elif not isinstance(module, _KNOWN):
@@ -460,7 +476,7 @@ def _paper_shapes() -> dict[str, TransformerShape]:
     return shapes
 
 
-PAPER_SHAPES: dict[str, TransformerShape] = MappingProxyType(_paper_shapes())
+PAPER_SHAPES: Mapping[str, TransformerShape] = MappingProxyType(_paper_shapes())
 """The models of the three papers by name.
 
 - ``s``, ``m``, ``l``, ``xl``: the dense models of arXiv 2406.16450; ``<size>-<kind>-<percent>``
