@@ -513,7 +513,9 @@ def test_premerged_trains_the_structured_weights(monkeypatch):
 
 
 @torch.no_grad()
-@pytest.mark.parametrize("change", ["train", "in place", "load", "load assigned", "load parent"])
+@pytest.mark.parametrize(
+    "change", ["train", "in place", "replaced", "load", "load assigned", "load parent"]
+)
 def test_premerged_follows_the_weights(change):
     torch.manual_seed(0)
     layer = BlockShuffle(6, 8, blocks=2)
@@ -528,6 +530,8 @@ def test_premerged_follows_the_weights(change):
         merged.eval()
     elif change == "in place":
         layer.u.mul_(2)
+    elif change == "replaced":
+        layer.u = nn.Parameter(2 * layer.u)
     elif change == "load parent":
         nn.Sequential(merged).load_state_dict({f"0.{n}": w for n, w in state.items()})
     else:
@@ -569,6 +573,9 @@ def test_premerged_compiles_whole():
         for tokens in (2, 6):
             x = torch.randn(tokens, 6)
             torch.testing.assert_close(compiled(x), merged.layer(x))
+        merged.load_state_dict({n: 2 * w for n, w in merged.state_dict().items()})
+        x = torch.randn(2, 6)
+        torch.testing.assert_close(compiled(x), merged.layer(x))
 
 
 @pytest.mark.parametrize("threshold", [-1, 1.5, "auto", None, True])

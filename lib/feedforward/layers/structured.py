@@ -361,13 +361,10 @@ class BlockShuffle(StructuredLinear):
         h = _by_blocks(x, self.blocks) @ self.v.transpose(1, 2)
         # the blocks' outputs side by side, then dealt out: a transpose of (m/B, B)
         h = h.transpose(0, 1).reshape(tokens, hidden, self.blocks).permute(2, 0, 1)
-        u = self.u.transpose(1, 2)
-        if self.bias is None:
-            y = torch.bmm(h, u)
-        else:
-            # the bias is dealt out like the outputs
-            y = torch.baddbmm(self.bias.view(-1, 1, self.blocks).permute(2, 1, 0), h, u)
-        return y.permute(1, 2, 0).reshape(tokens, self.out_features)
+        y = h @ self.u.transpose(1, 2)
+        y = y.permute(1, 2, 0).reshape(tokens, self.out_features)
+        # in place, so that autocast's type stays
+        return y if self.bias is None else y.add_(self.bias)
 
     def _project(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         # Block b of v and block c of u meet in the outputs c, c + B, ... and the inputs of b; what
@@ -654,12 +651,12 @@ class PreMerged(nn.Module):
         outdated = not torch.compiler.is_compiling() and self._merged_from != self._versions()
         return self.merged is None or outdated
 
-    def _versions(self) -> tuple[int, ...] | None:
-        """Counts every change in place of V and U; inference tensors do not count."""
-        weights = self.layer.v, self.layer.u
-        if any(weight.is_inference() for weight in weights):
-            return None
-        return tuple(weight._version for weight in weights)
+    def _versions(self) -> tuple[tuple[int, int], ...]:
+        """Changes whenever V or U does; inference tensors do not count changes in place."""
+        return tuple(
+            (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
+            for weight in (self.layer.v, self.layer.u)
+        )
 
 
 def check_structured(layer: nn.Module) -> None:
