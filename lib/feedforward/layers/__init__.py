@@ -1,1 +1,1 @@
-"""Replacements for the linear maps and the feed-forward layers of a Transformer; only torch is needed."""
+"""Replacements for the linear maps and the feed-forward layers of a Transformer."""
