@@ -238,7 +238,9 @@ def test_a_structure_that_does_not_fit_is_refused_when_built(changes):
         Decoder(DecoderConfig(**SMALL | changes))
 
 
-def test_dense_beside_narrow_experts_has_no_single_shape():
+def test_a_wide_dense_layer_before_narrow_experts_is_counted_from_its_shape():
     config = dataclasses.replace(DecoderConfig(**SMALL | KINDS["moe"]), dense_layers=1)
-    with pytest.raises(ValueError, match="no single shape"):
-        config.shape()
+    assert config.per_expert != config.ffn_hidden
+    by_shape, by_module = count(config, context=0), count(Decoder(config), context=0)
+    assert by_shape.parameters == by_module.parameters
+    assert by_shape.active_parameters == by_module.active_parameters

@@ -194,25 +194,16 @@ class DecoderConfig:
         return partial(kind.from_ratio, parameters=self.share, **sizes, bias=self.bias)
 
     def shape(self) -> TransformerShape:
-        """The sizes that decide the cost, for `feedforward.count`.
-
-        Raises:
-            ValueError: When blocks with dense layers and with experts differ in hidden width,
-                which a shape cannot say; count the model.
-        """
+        """The sizes that decide the cost, for `feedforward.count`."""
         kind, hidden, sizes = "dense", self.ffn_hidden, {}
         if self.ffn in STRUCTURED:
             layer = self.structured()(self.width, hidden, device="meta")
             kind = type(layer).__name__
             sizes = {n: getattr(layer, n) for n in ("rank", "blocks") if hasattr(layer, n)}
         elif self.ffn in EXPERTS:
-            if self.first_dense and self.per_expert != hidden:
-                raise ValueError(
-                    f"{self.first_dense} dense layers of {hidden} hidden units beside experts of "
-                    f"{self.per_expert} have no single shape; count(Decoder(config)) counts them"
-                )
-            kind, hidden = "MoE", self.per_expert
             sizes = {"experts": self.experts, "k": self.active_experts}
+            sizes["dense_hidden"] = hidden if self.first_dense else None
+            kind, hidden = "MoE", self.per_expert
         return TransformerShape(
             width=self.width,
             layers=self.layers,
