@@ -48,6 +48,7 @@ localrules:
 
 rule book:
     input:
+        "_build/data.json",
         "_build/html.json",
 
 
@@ -58,6 +59,7 @@ rule html:
 
 rule references:
     input:
+        "_build/data.json",
         expand("_build/references/{notebook}.json", notebook=[n.name for n in CHOSEN]),
 
 
@@ -72,6 +74,10 @@ rule data:
         code=lambda w: Notebook.modules_behind("feedforward.lm.data"),
     output:
         "_build/data.json",
+    # First and alone. No chapter waits for this file: each names the registry and the code that it
+    # reads texts with, so that a change there concerns the chapters that read texts, and no other.
+    priority: 10
+    threads: 2
     shell:
         "{PYTHON:q} book/tools/prepare.py {output:q}"
 
@@ -90,8 +96,6 @@ rule execute:
         code=lambda w: NOTEBOOKS[w.notebook].modules,
         results=lambda w: NOTEBOOKS[w.notebook].results,
         registry=lambda w: NOTEBOOKS[w.notebook].registry,
-        # has to be there; what it says changes only with the registry and the code above
-        data=ancient("_build/data.json"),
         tool="book/tools/execute.py",
     output:
         "_build/executed/{profile}/{notebook}.ipynb",
