@@ -33,6 +33,7 @@ def render() -> int:
         StepFailed: Sphinx warned or failed; its log is kept.
     """
     work, log = BUILD / "sphinx", BUILD / "sphinx.log"
+    _forget_pages_that_are_gone(work)
     command = [sys.executable, "-c", "from jupyter_book.cli.main import main; main()"]
     command += ["build", str(STAGE), "--path-output", str(work)]
     command += ["--config", str(STAGE / "_config.yml"), "--toc", str(STAGE / "_toc.yml")]
@@ -46,6 +47,19 @@ def render() -> int:
     made = work / "_build" / "html"
     _add_mathjax(made)
     return _publish(made, BUILD / "html")
+
+
+def _forget_pages_that_are_gone(work: Path) -> None:
+    """Start from nothing when the table of contents or the settings changed.
+
+    Sphinx leaves the pages of removed files where they are, and would publish them for ever.
+    """
+    known = work / "settings"
+    settings = "".join((STAGE / name).read_text() for name in ("_config.yml", "_toc.yml"))
+    if not known.exists() or known.read_text() != settings:
+        shutil.rmtree(work, ignore_errors=True)
+        with atomic_write(known, "w") as file:
+            file.write(settings)
 
 
 def _add_mathjax(html: Path) -> None:

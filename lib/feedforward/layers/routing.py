@@ -235,7 +235,7 @@ class ScaleAdapterRouter(_Router):
 
 
 def load_balancing_loss(routing: Routing, *, form: str = "switch") -> Tensor:
-    """How unevenly the experts are used; least when all are used alike.
+    """How unevenly the experts are used: large when the probable experts are the chosen ones.
 
     With f_e the share of all choices that fell on expert e (T * k choices of the T real tokens,
     so f sums to 1 whatever k is) and P_e the mean probability of e over the real tokens:
@@ -244,7 +244,8 @@ def load_balancing_loss(routing: Routing, *, form: str = "switch") -> Tensor:
     - ``form="mean"``: ``mean_e f_e P_e``, 1 / E^2 when balanced (the code of arXiv 2510.14300),
       which is E^2 times weaker.
 
-    The gradient flows through P. Choices that capacity dropped count, as they were chosen. Padding
+    An even f or an even P gives the balanced value; where the two disagree it can be less. The
+    gradient flows through P. Choices that capacity dropped count, as they were chosen. Padding
     does not; without a real token the loss is 0. Explained in
     ``book/foundations/02-mixture-of-experts``.
 
