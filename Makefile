@@ -11,6 +11,7 @@ CORES   ?= 2
 
 PY       := $(VENV)/bin/python
 READY    := $(VENV)/.ready
+UV       := $(PY) -m uv pip install --quiet --system-certs --python $(PY) --no-deps
 BUILD     = exec $(PY) book/tools/build.py --parent $$PPID --cores $(CORES)
 NOTEBOOKS = $(wildcard book/*/[0-9][0-9]-*.ipynb)
 
@@ -52,9 +53,9 @@ $(READY): requirements.lock pyproject.toml
 	@test -x $(PY) || $(PYTHON) -m venv $(VENV)
 	@$(PY) -c 'import torch' 2>/dev/null || $(PY) -m pip install --quiet --disable-pip-version-check "$(TORCH)"
 	@$(PY) -m pip install --quiet --disable-pip-version-check "$$(sed -n 's/^\(uv==[^ ]*\) .*/\1/p' requirements.lock)"
-	@$(PY) -m uv pip install --quiet --python $(PY) --no-deps --require-hashes -r requirements.lock \
+	@$(UV) --require-hashes -r requirements.lock \
 	  || $(PY) -m pip install --quiet --no-deps --require-hashes -r requirements.lock
-	@$(PY) -m uv pip install --quiet --python $(PY) --no-deps --no-build-isolation --editable .
+	@$(UV) --no-build-isolation --editable .
 	@touch $@
 
 lock: $(READY)
