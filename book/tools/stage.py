@@ -64,7 +64,7 @@ def stage(profile: str, executed: list[Path]) -> dict[str, str]:
             content[name] = page
     for name, path in BORROWED.items():
         content[name] = (ROOT / path).read_bytes()
-    content["_config.yml"] = settings().encode()
+    content["_config.yml"] = settings((ROOT / "_config.yml").read_text()).encode()
     _write(content)
     return {name: str(path) for name, path in shown.items()}
 
@@ -96,9 +96,9 @@ def runs_table(runs: dict[str, nbformat.NotebookNode]) -> str:
     return "\n".join(rows)
 
 
-def settings() -> str:
+def settings(text: str) -> str:
     """_config.yml as Jupyter Book wants it: buttons only where a repository's address is set."""
-    config = yaml.safe_load((ROOT / "_config.yml").read_text())
+    config = yaml.safe_load(text)
     repository = config.get("repository") or {}
     address = (repository.get("url") or "").rstrip("/")
     theme = config["sphinx"]["config"]["html_theme_options"]

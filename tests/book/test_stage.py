@@ -1,0 +1,68 @@
+"""What staging makes of settings, notebooks and runs."""
+
+import sys
+from pathlib import Path
+
+import nbformat
+import pytest
+import yaml
+
+ROOT = Path(__file__).resolve().parents[2]
+sys.path.insert(0, str(ROOT / "book" / "tools"))
+
+import stage  # noqa: E402
+
+CONFIG = (ROOT / "_config.yml").read_text()
+
+
+def theme(settings: str) -> dict:
+    return yaml.safe_load(settings)["sphinx"]["config"]["html_theme_options"]
+
+
+def test_no_repository_no_buttons():
+    made = stage.settings(CONFIG)
+    assert "repository" not in yaml.safe_load(made)
+    assert "launch_buttons" not in theme(made)
+    assert not [name for name in theme(made) if name.startswith("use_edit")]
+
+
+def test_a_repository_brings_launch_and_edit_buttons():
+    assert 'url: ""' in CONFIG
+    made = stage.settings(CONFIG.replace('url: ""', 'url: "https://git.example/book/"'))
+    options = theme(made)
+    assert options["repository_url"] == "https://git.example/book"
+    assert options["use_edit_page_button"]
+    assert options["launch_buttons"]["colab_url"].startswith("https://")
+    # the options that the book sets by itself stay
+    assert options["navbar_center"] == []
+
+
+def test_the_parameters_and_the_setup_are_folded_and_nothing_else():
+    cells = [
+        nbformat.v4.new_code_cell("seed = 0", metadata={"tags": ["parameters"]}),
+        nbformat.v4.new_code_cell("import torch", metadata={"tags": ["setup"]}),
+        nbformat.v4.new_code_cell("1 + 1"),
+    ]
+    staged = stage.hide_plumbing(nbformat.v4.new_notebook(cells=cells))
+    hidden = ["hide-input" in cell.metadata.get("tags", []) for cell in staged.cells]
+    assert hidden == [True, True, False]
+
+
+@pytest.mark.parametrize(("dirty", "shown"), [(False, "`abcdef012`"), (True, "(changed)")])
+def test_the_table_of_runs_says_what_a_reader_asks(dirty, shown):
+    run = {
+        "profile": "smoke",
+        "seconds": 12.34,
+        "device": "a processor",
+        "threads": 2,
+        "versions": {"torch": "2.13.0"},
+        "commit": "abcdef0123456789",
+        "dirty": dirty,
+        "date": "2026-01-02T03:04:05+00:00",
+    }
+    notebook = nbformat.v4.new_notebook(metadata={"feedforward": run})
+    table = stage.runs_table({"part/01-one": notebook, "part/02-two": nbformat.v4.new_notebook()})
+    for text in ("smoke", "12.3", "a processor, 2 threads", "torch 2.13.0", "2026-01-02 03:04"):
+        assert text in table
+    assert shown in table
+    assert "not executed yet" in table.splitlines()[-1]
