@@ -219,4 +219,4 @@ def test_caption_shows_provenance(shown):
     )  # fmt: skip
     notebook.caption(live=Record("demo", "moe", "smoke", 0, {}, {}, {}, here))
     assert "a &lt;test&gt; processor" in shown[0]["text/html"]
-    assert shown[0]["text/plain"].startswith("Dots: live, profile smoke, seed 0")
+    assert shown[0]["text/plain"].startswith("Live, profile smoke, seed 0")

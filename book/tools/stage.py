@@ -88,7 +88,7 @@ def runs_table(runs: dict[str, nbformat.NotebookNode]) -> str:
             rows.append(f"| [](/{name}) | not executed yet | | | | | |")
             continue
         versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
-        commit = f"`{run['commit'][:9]}`" if run["commit"] else "none"
+        commit = f"`{run['commit'][:7]}`" if run["commit"] else "none"
         commit += " (changed)" if run["dirty"] else ""
         hardware = f"{run['device']}, {run['threads']} threads"
         cells = [f"[](/{name})", run["profile"], f"{run['seconds']:.1f}", hardware, versions]

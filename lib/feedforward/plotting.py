@@ -320,12 +320,14 @@ def caption(recorded: Record | Iterable[Record] = (), live: Record | Iterable[Re
         recorded: the records behind the lines.
         live: the records behind the dots.
     """
-    sentences = []
-    for name, given in (("Line: recorded", recorded), ("Dots: live", live)):
-        records = [given] if isinstance(given, Record) else list(given)
-        if records:
-            sentences.append(f"{name}, {_origin(records)}.")
-    return " ".join(sentences)
+    given = [[one] if isinstance(one, Record) else list(one) for one in (recorded, live)]
+    # a figure of one kind need not say which marks are which
+    names = ("Line: recorded", "Dots: live") if all(given) else ("Recorded", "Live")
+    return " ".join(
+        f"{name}, {_origin(records)}."
+        for name, records in zip(names, given, strict=True)
+        if records
+    )
 
 
 def _origin(records: list[Record]) -> str:

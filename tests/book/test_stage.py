@@ -48,7 +48,7 @@ def test_the_parameters_and_the_setup_are_folded_and_nothing_else():
     assert hidden == [True, True, False]
 
 
-@pytest.mark.parametrize(("dirty", "shown"), [(False, "`abcdef012`"), (True, "(changed)")])
+@pytest.mark.parametrize(("dirty", "shown"), [(False, "`abcdef0`"), (True, "(changed)")])
 def test_the_table_of_runs_says_what_a_reader_asks(dirty, shown):
     run = {
         "profile": "smoke",
