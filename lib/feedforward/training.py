@@ -284,14 +284,16 @@ def train(
             checkpoints.save(step, model, optimizer, ema, log, seconds, randomness)
         accelerator.wait_for_everyone()
 
+    # left out where a bar is wanted, so that TQDM_DISABLE has its say
+    silent = {} if progress and accelerator.is_main_process else {"disable": True}
     bar = tqdm(
         desc=description,
         total=config.steps,
         initial=first,
-        disable=not (progress and accelerator.is_main_process),
         leave=False,
         unit="step",
         mininterval=0.5,
+        **silent,
     )
     with bar:
         for step in range(first, config.steps):

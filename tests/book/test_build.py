@@ -72,6 +72,9 @@ def test_a_killed_build_goes_on_and_repeats_nothing(small_book):
     # both start at once; killed when the first is done and the second still at work
     process = small_book.start("book", "--cores", "4")
     wait_for(lambda: "execute foundations/01-first (smoke)" in steps_of(small_book), 60)
+    # and the engine has heard of it
+    log = small_book.root / "_build" / "snakemake.log"
+    wait_for(lambda: "Finished jobid" in log.read_text(), 10)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
     status, output = small_book.build()
