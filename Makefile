@@ -43,7 +43,7 @@ test: $(READY)
 	@exec $(PY) book/tools/check.py
 
 lab: $(READY)
-	@$(PY) -m jupyterlab --notebook-dir=book
+	@$(PY) -m jupyterlab --notebook-dir=. --ServerApp.preferred_dir=book
 
 env: $(READY)
 

@@ -116,6 +116,9 @@ def write(notebook: nbformat.NotebookNode, path: Path, fmt: str = "ipynb") -> No
     notebook.metadata.setdefault(
         "kernelspec", {"display_name": "Python 3", "language": "python", "name": "python3"}
     )
+    for cell in notebook.cells:
+        if not cell.metadata.get("tags", True):  # papermill leaves empty lists
+            del cell.metadata["tags"]
     text = jupytext.writes(notebook, fmt=fmt)
     if fmt == FORMAT:
         text = re.sub(r"\n *jupytext_version: .*", "", text)
