@@ -31,6 +31,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from feedforward import MoE, TopKRouter
+from timing import PASSES, stopwatch
 
 # name -> at most this many times the peer's time, for a cell that the bar speaks about
 BARS = {
@@ -134,41 +135,9 @@ def contestants(args, gated: bool, dtype: torch.dtype, tokens: int) -> dict[str,
     return {name: (module, x, torch.randn_like(x)) for name, (module, x) in modules.items()}
 
 
-def forward(module: nn.Module, x: Tensor, gradient: Tensor) -> None:
-    with torch.no_grad():
-        module(x)
-
-
-def forward_and_backward(module: nn.Module, x: Tensor, gradient: Tensor) -> None:
-    module.zero_grad(set_to_none=True)
-    module(x.detach().requires_grad_()).backward(gradient)
-
-
-def clock(device: str) -> Callable[[Callable], float]:
-    """A function that runs another one and returns the seconds it took on this device."""
-    if device == "cpu":
-
-        def measure(step):
-            start = time.process_time()
-            step()
-            return time.process_time() - start
-
-    else:
-
-        def measure(step):
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            step()
-            end.record()
-            torch.cuda.synchronize()
-            return start.elapsed_time(end) / 1e3
-
-    return measure
-
-
 def compare(entries: dict[str, tuple], step: Callable, seconds: float, device: str) -> dict:
     """Median seconds of every entry over interleaved rounds that fill about `seconds`."""
-    measure, names = clock(device), list(entries)
+    measure, names = stopwatch(device), list(entries)
     times: dict[str, list[float]] = {name: [] for name in names}
     for name in names:  # warm up: kernels are chosen, memory is mapped
         for _ in range(2):
@@ -242,7 +211,7 @@ def main(argv: list[str] | None = None) -> int:
         for dtype in args.dtype:
             for tokens in args.tokens:
                 entries = contestants(args, shape == "gated", getattr(torch, dtype), tokens)
-                for name, step in (("fwd", forward), ("f+b", forward_and_backward)):
+                for name, step in PASSES.items():
                     seconds = compare(entries, step, args.seconds, args.device)
                     cell = {"shape": shape, "dtype": dtype, "tokens": tokens, "pass": name}
                     cell |= {"seconds": seconds, "ratio": {}, "bar": {}}

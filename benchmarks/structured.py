@@ -21,11 +21,12 @@ from functools import partial
 from pathlib import Path
 
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from feedforward import BlockDense, BlockShuffle, LowRank
 from feedforward.files import atomic_write
 from feedforward.records import Provenance
+from timing import PASSES, stopwatch
 
 LAYERS = {"LowRank": LowRank, "BlockDense": BlockDense, "BlockShuffle": BlockShuffle}
 
@@ -48,43 +49,6 @@ def feed_forwards(width: int, shares: list[float], device: str, dtype: torch.dty
 
             modules[name, share] = ffn(linear)
     return modules
-
-
-def forward(module: nn.Module, x: Tensor, gradient: Tensor) -> None:
-    with torch.no_grad():
-        module(x)
-
-
-def forward_and_backward(module: nn.Module, x: Tensor, gradient: Tensor) -> None:
-    module.zero_grad(set_to_none=True)
-    module(x.detach().requires_grad_()).backward(gradient)
-
-
-PASSES = {"fwd": forward, "f+b": forward_and_backward}
-
-
-def stopwatch(device: str) -> Callable[[Callable[[], None]], float]:
-    """A function that runs another one and returns the seconds it took on this device."""
-    if torch.device(device).type == "cuda":
-
-        def seconds(run: Callable[[], None]) -> float:
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            start.record()
-            run()
-            end.record()
-            torch.cuda.synchronize()
-            return start.elapsed_time(end) / 1e3
-
-        return seconds
-
-    clock = time.process_time if torch.get_num_threads() == 1 else time.perf_counter
-
-    def seconds(run: Callable[[], None]) -> float:
-        start = clock()
-        run()
-        return clock() - start
-
-    return seconds
 
 
 def medians(runs: dict, device: str, rounds: int) -> dict:
