@@ -69,11 +69,13 @@ def test_an_edited_notebook_counts_as_much_as_an_edited_source(small_book):
 def test_a_killed_build_goes_on_and_repeats_nothing(small_book):
     small_book.chapter("01-first", "print('quick')")
     small_book.chapter("02-second", "import time; time.sleep(20); print('slow')")
+    log = small_book.root / "_build" / "snakemake.log"
+    for of_the_build_before in (log, log.with_name("steps.jsonl")):
+        of_the_build_before.write_text("")
     # both start at once; killed when the first is done and the second still at work
     process = small_book.start("book", "--cores", "4")
     wait_for(lambda: "execute foundations/01-first (smoke)" in steps_of(small_book), 60)
     # and the engine has heard of it
-    log = small_book.root / "_build" / "snakemake.log"
     wait_for(lambda: "Finished jobid" in log.read_text(), 10)
     os.kill(process.pid, signal.SIGKILL)
     process.communicate()
