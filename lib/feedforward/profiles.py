@@ -80,6 +80,8 @@ PROFILES = {
 #: ``run(config, *, progress=True, device="auto") -> Record``.
 EXPERIMENTS = {
     "foundations": "feedforward.lm.experiment",
+    "structured-ffn": "feedforward.lm.structured",
+    "structured-ffn-stability": "feedforward.lm.structured",
 }
 
 

@@ -216,9 +216,35 @@ class Record:
         return record
 
 
+def added(default: Any) -> Any:
+    """A field that a configuration class got after runs of it had been recorded.
+
+    While it has its default it is left out of the configuration's identity, so that those runs
+    keep their keys:
+
+    >>> @dataclass(frozen=True)
+    ... class Demo:
+    ...     lr: float
+    ...     warmup: float = added(0.0)
+    >>> plain_config(Demo(0.1)), plain_config(Demo(0.1, 0.5))
+    ({'lr': 0.1}, {'lr': 0.1, 'warmup': 0.5})
+    """
+    return field(default=default, metadata={"added": True})
+
+
 def plain_config(config: Config) -> dict[str, Any]:
     """The fields of a configuration as plain JSON, as a record keeps them."""
-    return _plain(dataclasses.asdict(config), "config")
+    return _plain(_entries(config), "config")
+
+
+def _entries(value: Any) -> Any:
+    if not dataclasses.is_dataclass(value):
+        return value
+    return {
+        f.name: _entries(getattr(value, f.name))
+        for f in dataclasses.fields(value)
+        if not (f.metadata.get("added") and getattr(value, f.name) == f.default)
+    }
 
 
 def config_key(config: Config | dict[str, Any], experiment: str | None = None) -> str:
@@ -236,7 +262,7 @@ def config_key(config: Config | dict[str, Any], experiment: str | None = None) -
     '388c440215782e41'
     """
     if dataclasses.is_dataclass(config):
-        config, experiment = dataclasses.asdict(config), experiment or config.experiment
+        config, experiment = plain_config(config), experiment or config.experiment
     elif experiment is None:
         raise ValueError("config_key of a dict needs the experiment's name as its second argument")
     identity = _canonical(_plain({"experiment": experiment, "config": config}, "config"))

@@ -126,6 +126,46 @@ class SelfGuided(nn.Module):
         return f"steps={self.steps}, schedule={self.schedule!r}, stochastic={self.stochastic}"
 
 
+def guide(
+    model: nn.Module, *, steps: int, schedule: Schedule = "cosine", stochastic: bool = True
+) -> nn.Module:
+    """Put a guide beside every structured layer of `model`; see `SelfGuided`.
+
+    Explained in ``book/structured-ffn/03-self-guided-training``.
+
+    Args:
+        model: the model, changed in place. It may be a structured layer itself.
+        steps: optimizer steps until the guides have no part in the output.
+        schedule: how their part falls: ``"cosine"`` or ``"linear"``.
+        stochastic: the cheap form, which uses the guide in half of the forward passes.
+
+    Returns:
+        The model; the guided layer, if `model` was a structured layer itself.
+
+    Raises:
+        ValueError: If there is no structured layer without a guide, or `steps` or `schedule` is
+            not allowed.
+    """
+    options = {"steps": steps, "schedule": schedule, "stochastic": stochastic}
+    if isinstance(model, StructuredLinear):
+        return SelfGuided(model, **options)
+    guided: dict[StructuredLinear, SelfGuided] = {}  # a shared layer gets one guide
+    for parent in list(model.modules()):
+        if isinstance(parent, SelfGuided):
+            continue
+        for name, child in parent._modules.items():
+            if isinstance(child, StructuredLinear):
+                if child not in guided:
+                    guided[child] = SelfGuided(child, **options)
+                setattr(parent, name, guided[child])
+    if not guided:
+        raise ValueError(
+            f"{type(model).__name__} has no structured layer without a guide; "
+            "put some in with feedforward.replace_ffn"
+        )
+    return model
+
+
 def advance(model: nn.Module) -> None:
     """Count one optimizer step in every guided layer of `model`; call it once per step.
 

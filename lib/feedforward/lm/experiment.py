@@ -4,8 +4,10 @@
 record, ``trained_model`` gives the model of a run for pictures and generation.
 """
 
+import os
 import shutil
 import time
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
@@ -19,9 +21,11 @@ from safetensors import SafetensorError
 from torch import Tensor
 
 from feedforward.files import atomic_write
-from feedforward.layers.cost import count
+from feedforward.layers.cost import HasShape, count
 from feedforward.layers.experts import MoE, collect_routing
+from feedforward.layers.guided import SCHEDULES, SelfGuided, advance, guide, release
 from feedforward.layers.routing import Routing, load_balancing_loss, router_z_loss
+from feedforward.layers.structured import BlockShuffle
 from feedforward.lm.data import (
     Text,
     batches,
@@ -29,10 +33,42 @@ from feedforward.lm.data import (
     evaluation_batches,
     load_text,
 )
-from feedforward.lm.model import Decoder, DecoderConfig
+from feedforward.lm.model import STRUCTURED, Decoder, DecoderConfig
 from feedforward.profiles import get_profile, resolve_device, unknown
-from feedforward.records import Provenance, Record, RecordError, run_directory
+from feedforward.records import Provenance, Record, RecordError, added, run_directory
 from feedforward.training import TrainingConfig, seed_everything, train
+
+
+@dataclass(frozen=True)
+class Guidance:
+    """Self-guided training of the structured layers (arXiv 2406.16450, section 4).
+
+    Explained in ``book/structured-ffn/03-self-guided-training``.
+
+    Args:
+        steps: Optimizer steps with guides; they are dropped after the last.
+        repeat: The protocol at equal FLOPs: the last `steps` of all the run's steps see the data of
+            its first `steps` again, now without guides. False: no step sees data again.
+        stochastic: The cheap form, which uses the guide in half of the forward passes.
+        schedule: How the guides' part falls, ``"cosine"`` or ``"linear"``.
+        released_start: Start the guides of BlockShuffle as the paper's released code does, without
+            the permutations, so that they are not what the layers compute; for the audit.
+
+    Raises:
+        ValueError: When `steps` is not positive or the schedule is unknown.
+    """
+
+    steps: int
+    repeat: bool = False
+    stochastic: bool = True
+    schedule: str = "cosine"
+    released_start: bool = False
+
+    def __post_init__(self):
+        if isinstance(self.steps, bool) or not isinstance(self.steps, int) or self.steps < 1:
+            raise ValueError(f"guidance has steps {self.steps!r}; give a whole number from 1")
+        if self.schedule not in SCHEDULES:
+            raise ValueError(unknown("schedule", self.schedule, SCHEDULES))
 
 
 @dataclass(frozen=True)
@@ -51,9 +87,10 @@ class LanguageModelConfig:
         curve_tokens: Validation tokens of a point of the validation curve.
         final_tokens: Validation and test tokens of the final numbers; None: all of them.
         experiment: The part of the book.
+        guidance: Self-guided training of structured layers; None: none.
 
     Raises:
-        ValueError: When a number is out of range.
+        ValueError: When a number is out of range, or there is nothing to guide.
     """
 
     variant: str
@@ -67,6 +104,7 @@ class LanguageModelConfig:
     curve_tokens: int = 16_384
     final_tokens: int | None = None
     experiment: str = "foundations"
+    guidance: Guidance | None = added(None)
 
     def __post_init__(self):
         sizes = (
@@ -81,11 +119,49 @@ class LanguageModelConfig:
             )
         if self.balance < 0 or self.z < 0:
             raise ValueError(f"balance {self.balance} and z {self.z} must not be negative")
+        if self.guidance is not None:
+            if self.model.ffn not in STRUCTURED:
+                raise ValueError(f"guidance is of structured layers; ffn is {self.model.ffn!r}")
+            if self.guidance.steps * (1 + self.guidance.repeat) > self.training.steps:
+                raise ValueError(
+                    f"guidance takes {self.guidance.steps} steps"
+                    f"{', twice,' if self.guidance.repeat else ''} of {self.training.steps}: "
+                    "train for more steps, or guide for fewer"
+                )
+
+    @property
+    def tokens_per_step(self) -> int:
+        """Tokens seen in one step of the optimizer."""
+        return self.training.accumulate * self.batch * self.model.context
 
     @property
     def tokens(self) -> int:
-        """Tokens seen in training."""
-        return self.training.steps * self.training.accumulate * self.batch * self.model.context
+        """Tokens seen in training, those that a repeated phase sees again included."""
+        return self.training.steps * self.tokens_per_step
+
+
+def guided_share(dense: HasShape, structured: HasShape, *, stochastic: bool = True) -> float:
+    """How long to guide so that the protocol with a repeated phase costs what dense training does.
+
+    With T steps of data, the first ``rho T`` are guided, and seen again at the end:
+    ``rho = (F_dense - F_structured) / (c F_guide + F_structured)`` with the training FLOPs F of a
+    token, and c = 1/2 for stochastic guides (arXiv 2406.16450, section 4). Explained in
+    ``book/structured-ffn/03-self-guided-training``.
+
+    Args:
+        dense: Shape or configuration of the dense model.
+        structured: Of the structured one.
+        stochastic: Whether the guide is used in half of the forward passes, or in all.
+
+    >>> from feedforward.layers.cost import PAPER_SHAPES as shapes
+    >>> [round(guided_share(shapes[s], shapes[f"{s}-lowrank-32"]), 2) for s in ("s", "xl")]
+    [0.3, 0.43]
+    """
+    full, part = (count(config).training_flops for config in (dense, structured))
+    shape = structured.shape()
+    maps = 2 + shape.gated
+    guides = 6 * (shape.layers - shape.dense_layers) * maps * shape.width * shape.hidden
+    return (full - part) / (guides * (0.5 if stochastic else 1.0) + part)
 
 
 # --- the arms -----------------------------------------------------------------------------------
@@ -215,6 +291,11 @@ def _train(
     seed_everything(config.seed)
     model = Decoder(config.model)
     context = config.model.context
+    flops = count(model).training_flops * config.tokens
+    if config.guidance is not None:
+        _guide(model, config.guidance)
+        guided = count(model).training_flops * config.guidance.steps * config.tokens_per_step
+        flops += guided * (1 - count(config.model).training_flops / count(model).training_flops)
     windows = partial(evaluation_batches, batch=4 * config.batch, context=context)
 
     def evaluate(model):
@@ -224,13 +305,14 @@ def _train(
     training = time.perf_counter()
     result = train(
         model,
-        batches(text.train, config.batch, context, config.seed),
+        _order(config, batches(text.train, config.batch, context, config.seed)),
         partial(_loss, balance=config.balance, z=config.z),
         config.training,
         evaluate=evaluate,
+        on_step=_follow(config.guidance) if config.guidance is not None else None,
         checkpoint=checkpoints,
         device=device,
-        tokens_per_step=config.tokens // config.training.steps,
+        tokens_per_step=config.tokens_per_step,
         progress=progress,
         description=f"{config.variant}, seed {config.seed}",
     )
@@ -246,6 +328,9 @@ def _train(
         "parameters": cost.parameters,
         "active parameters": cost.active_parameters,
         "FLOPs per token": cost.flops,
+        "tokens per parameter": config.tokens / cost.parameters,
+        "training FLOPs": flops,
+        "loss spikes": loss_spikes(result.curves["loss"]["value"]),
     }
     for split, tokens in (("validation", text.validation), ("test", text.test)):
         measured = measure(model, windows(tokens, limit=config.final_tokens))
@@ -263,6 +348,48 @@ def _train(
     return model, Record.of(
         config, metrics=metrics, curves=_gather(result.curves), provenance=provenance
     )
+
+
+def _order(
+    config: LanguageModelConfig, batch: Callable[[int], tuple[Tensor, Tensor]]
+) -> Callable[[int], tuple[Tensor, Tensor]]:
+    """The data of each micro-batch: after the fresh data, a repeated phase begins from the start.
+
+    A function of the index alone, so that resuming inside the repeat is exact too.
+    """
+    if config.guidance is None or not config.guidance.repeat:
+        return batch
+    processes = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun; each counts all batches
+    fresh = config.training.steps - config.guidance.steps
+    fresh *= config.training.accumulate * processes
+    return lambda index: batch(index if index < fresh else index - fresh)
+
+
+def _guide(model: Decoder, guidance: Guidance) -> None:
+    guide(
+        model,
+        steps=guidance.steps,
+        schedule=guidance.schedule,
+        stochastic=guidance.stochastic,
+    )
+    if guidance.released_start:
+        for module in model.modules():
+            if isinstance(module, SelfGuided) and isinstance(module.layer, BlockShuffle):
+                v, u = module.layer.v, module.layer.u
+                with torch.no_grad():
+                    module.guide.copy_(torch.block_diag(*u) @ torch.block_diag(*v))
+
+
+def _follow(guidance: Guidance) -> Callable[[torch.nn.Module, int], None]:
+    """After each step: the guides' part falls, and they leave at the end of their phase."""
+
+    def on_step(model: torch.nn.Module, step: int) -> None:
+        if step < guidance.steps:
+            advance(model)  # on resuming, the checkpoint's own count comes after this
+        else:
+            release(model)
+
+    return on_step
 
 
 def _loss(
@@ -294,6 +421,29 @@ def _gather(curves: dict[str, dict[str, list[float]]]) -> dict[str, dict[str, li
 
 
 # --- what is measured ---------------------------------------------------------------------------
+
+
+def loss_spikes(losses: Sequence[float], *, window: int = 20, height: float = 0.25) -> int:
+    """How often a training loss jumped: times that it rose above what it had been.
+
+    Explained in ``book/structured-ffn/02-training-dynamics``.
+
+    Args:
+        losses: Points of a training curve, nats per token.
+        window: Points before each that it is compared with, by their median.
+        height: Nats above that median from which on a point is part of a spike.
+
+    Returns:
+        The number of spikes; points in a row are one.
+
+    >>> loss_spikes([3.0, 2.9, 2.8, 4.0, 3.9, 2.7, 2.6, 3.5, 2.5])
+    2
+    """
+    high = [
+        bool(before := losses[max(0, i - window) : i]) and loss > np.median(before) + height
+        for i, loss in enumerate(losses)
+    ]
+    return sum(now and not earlier for earlier, now in zip([False, *high], high, strict=False))
 
 
 def load(routing: Routing) -> Tensor:

@@ -16,7 +16,8 @@ from torch import Tensor, nn
 from feedforward.layers.cost import TransformerShape
 from feedforward.layers.experts import MoE
 from feedforward.layers.routing import SwitchRouter, TopKRouter
-from feedforward.layers.structured import BlockDense, BlockShuffle, LowRank
+from feedforward.layers.structured import INITS, BlockDense, BlockShuffle, LowRank
+from feedforward.records import added
 
 _NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -70,6 +71,8 @@ class DecoderConfig:
         expert_hidden: Hidden width of an expert; None: ``hidden / k``, ``hidden`` for ``switch``.
         jitter: ``switch``: range of the noise on what the router sees in training.
         capacity_factor: Experts' capacity; None drops no token.
+        init: Structured: ``"spectral"``, ``"orthonormal"`` or ``"gaussian"``; None: each kind's
+            own, as the paper has it.
 
     Raises:
         ValueError: When sizes do not fit together or a name is unknown.
@@ -100,6 +103,7 @@ class DecoderConfig:
     expert_hidden: int | None = None
     jitter: float = 0.0
     capacity_factor: float | None = None
+    init: str | None = added(None)
 
     def __post_init__(self):
         for name in ("vocabulary", "width", "layers", "heads", "context", "experts", "k"):
@@ -128,6 +132,10 @@ class DecoderConfig:
         if self.dense_layers is not None and not 0 <= self.dense_layers <= self.layers:
             raise ValueError(f"dense_layers is {self.dense_layers}; allowed: 0 to {self.layers}")
         self._check_structure()
+        if self.init is not None:
+            _one_of("init", self.init, INITS)
+            if self.ffn not in STRUCTURED:
+                raise ValueError(f"init {self.init!r} is of structured layers; ffn is {self.ffn!r}")
         if self.ffn == "moe" and self.k > self.experts:
             raise ValueError(
                 f"k is {self.k} but there are {self.experts} experts; k is at most that"
@@ -189,6 +197,8 @@ class DecoderConfig:
         kind = STRUCTURED[self.ffn]
         sizes = {name: getattr(self, name) for name in ("rank", "blocks")}
         sizes = {name: size for name, size in sizes.items() if size is not None}
+        if self.init is not None:
+            sizes["init"] = self.init
         if self.share is None:
             return partial(kind, **sizes, bias=self.bias)
         return partial(kind.from_ratio, parameters=self.share, **sizes, bias=self.bias)
@@ -317,9 +327,31 @@ class Attention(nn.Module):
         q = rotate(split(self.query(x), self.heads), *rotation)
         k = rotate(split(self.key(x), self.key_heads), *rotation)
         v = split(self.value(x), self.key_heads)
-        grouped = self.key_heads != self.heads
-        y = F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=grouped)
+        y = attend(q, k, v)
         return self.output(y.transpose(1, 2).reshape(rows, length, -1))
+
+
+def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
+    """Causal attention; with fewer key heads than query heads, each serves as many.
+
+    Args:
+        q: (B, heads, T, d).
+        k: (B, key heads, T, d).
+        v: (B, key heads, T, d).
+
+    Returns:
+        (B, heads, T, d).
+    """
+    groups, length = q.shape[1] // k.shape[1], q.shape[2]
+    plain = q.device.type == "cpu" and q.dtype == torch.bfloat16 and torch.is_grad_enabled()
+    if not plain or length > 512:
+        return F.scaled_dot_product_attention(q, k, v, is_causal=True, enable_gqa=groups > 1)
+    # PyTorch's fused kernel is 4 to 6 times slower here, most of all its backward pass (measured
+    # with 2.13 and 128 to 256 tokens); of long sequences the scores would fill the memory
+    k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    later = q.new_full((length, length), -torch.inf).triu(1)
+    scores = (q * q.shape[-1] ** -0.5) @ k.transpose(-1, -2)
+    return (scores + later).softmax(-1).to(v.dtype) @ v
 
 
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
