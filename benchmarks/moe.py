@@ -18,8 +18,8 @@ import json
 import platform
 import statistics
 import sys
-import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 
 import torch
@@ -31,14 +31,14 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from feedforward import MoE, TopKRouter
-from timing import PASSES, stopwatch
+from feedforward.timing import PASSES, interleaved
 
 # name -> at most this many times the peer's time, for a cell that the bar speaks about
 BARS = {
-    "hf_grouped": lambda cell: 1.02 if cell["pass"] == "f+b" else None,
-    "hf_eager": lambda cell: 0.5 if cell["pass"] == "f+b" else None,
+    "hf_grouped": lambda cell: 1.02 if cell["pass"] == "training" else None,
+    "hf_eager": lambda cell: 0.5 if cell["pass"] == "training" else None,
     "dense": lambda cell: (
-        {"fwd": 1.40, "f+b": 1.30}[cell["pass"]]
+        {"forward": 1.40, "training": 1.30}[cell["pass"]]
         if cell["tokens"] == 512 and cell["dtype"] == "float32"
         else None
     ),
@@ -137,17 +137,9 @@ def contestants(args, gated: bool, dtype: torch.dtype, tokens: int) -> dict[str,
 
 def compare(entries: dict[str, tuple], step: Callable, seconds: float, device: str) -> dict:
     """Median seconds of every entry over interleaved rounds that fill about `seconds`."""
-    measure, names = stopwatch(device), list(entries)
-    times: dict[str, list[float]] = {name: [] for name in names}
-    for name in names:  # warm up: kernels are chosen, memory is mapped
-        for _ in range(2):
-            step(*entries[name])
-    start, rounds = time.monotonic(), 0
-    while rounds < 7 or time.monotonic() - start < seconds:
-        turn = rounds % len(names)
-        for name in names[turn:] + names[:turn]:
-            times[name].append(measure(lambda name=name: step(*entries[name])))
-        rounds += 1
+    runs = {name: partial(step, *entry) for name, entry in entries.items()}
+    times = interleaved(runs, device=device, seconds=seconds, least=7, turn=0.0)
+    rounds = len(times["ours"])
     return {name: statistics.median(values) for name, values in times.items()} | {"rounds": rounds}
 
 
@@ -205,7 +197,7 @@ def main(argv: list[str] | None = None) -> int:
     }
     print(", ".join(f"{name} {value}" for name, value in setting.items()))
     print("ours as a multiple of each peer's time; ! a bar does not hold, ~ nor could the floor")
-    print(f"{'cell':<28}{'pass':<5}{'ours ms':>9}" + "".join(f"{name:>13}" for name in BARS))
+    print(f"{'cell':<28}{'pass':<9}{'ours ms':>9}" + "".join(f"{name:>13}" for name in BARS))
     cells, missed, impossible = [], 0, 0
     for shape in args.experts_shape:
         for dtype in args.dtype:
@@ -215,7 +207,7 @@ def main(argv: list[str] | None = None) -> int:
                     seconds = compare(entries, step, args.seconds, args.device)
                     cell = {"shape": shape, "dtype": dtype, "tokens": tokens, "pass": name}
                     cell |= {"seconds": seconds, "ratio": {}, "bar": {}}
-                    text = f"{shape + ' ' + dtype + ' T' + str(tokens):<28}{name:<5}"
+                    text = f"{shape + ' ' + dtype + ' T' + str(tokens):<28}{name:<9}"
                     text += f"{seconds['ours'] * 1e3:9.2f}"
                     for peer, bar in BARS.items():
                         ratio, limit = seconds["ours"] / seconds[peer], bar(cell)

@@ -1,7 +1,7 @@
 """Time structured feed-forward layers H -> 4H -> H against the dense one.
 
     python benchmarks/structured.py                       # a few minutes on one CPU thread
-    python benchmarks/structured.py --widths 1536 --tokens 2048 --passes fwd --json structured.json
+    python benchmarks/structured.py --widths 1536 --tokens 2048 --passes forward --json times.json
     python benchmarks/structured.py --device cuda --dtypes bfloat16 --tokens 1 16 30000
 
 Every layer of a cell runs in this one process, turn and turn about, in an order that changes from
@@ -26,7 +26,7 @@ from torch import nn
 from feedforward import BlockDense, BlockShuffle, LowRank
 from feedforward.files import atomic_write
 from feedforward.records import Provenance
-from timing import PASSES, stopwatch
+from feedforward.timing import PASSES, interleaved
 
 LAYERS = {"LowRank": LowRank, "BlockDense": BlockDense, "BlockShuffle": BlockShuffle}
 
@@ -51,25 +51,6 @@ def feed_forwards(width: int, shares: list[float], device: str, dtype: torch.dty
     return modules
 
 
-def medians(runs: dict, device: str, rounds: int) -> dict:
-    """Median seconds of each run; a run that is over quickly is repeated within a round."""
-    seconds, repeats = stopwatch(device), {}
-    for name, run in runs.items():
-        seconds(run)  # start-up: kernels are chosen, memory is mapped
-        repeats[name] = max(1, round(0.02 / max(seconds(run), 1e-6)))
-
-    def repeat(name) -> None:
-        for _ in range(repeats[name]):
-            runs[name]()
-
-    names, times = list(runs), {name: [] for name in runs}
-    for turn in range(rounds):
-        turn %= len(names)
-        for name in names[turn:] + names[:turn]:
-            times[name].append(seconds(partial(repeat, name)) / repeats[name])
-    return {name: statistics.median(values) for name, values in times.items()}
-
-
 def cells(args: argparse.Namespace) -> Iterator[dict]:
     """One row for each layer in each setting."""
     for dtype_name in args.dtypes:
@@ -86,8 +67,11 @@ def cells(args: argparse.Namespace) -> Iterator[dict]:
                         name: partial(PASSES[passes], module, x, gradient)
                         for name, module in modules.items()
                     }
-                    times = medians(runs, args.device, args.rounds)
-                    for (layer, share), seconds in times.items():
+                    times = interleaved(
+                        runs, device=args.device, rounds=args.rounds, least=args.rounds
+                    )
+                    medians = {name: statistics.median(values) for name, values in times.items()}
+                    for (layer, share), seconds in medians.items():
                         yield {
                             "layer": layer,
                             "share": share,
@@ -96,7 +80,7 @@ def cells(args: argparse.Namespace) -> Iterator[dict]:
                             "dtype": dtype_name,
                             "pass": passes,
                             "seconds": seconds,
-                            "speedup": times["dense", 1.0] / seconds,
+                            "speedup": medians["dense", 1.0] / seconds,
                             "bound": flops["dense", 1.0] / flops[layer, share],
                         }
 
@@ -131,13 +115,13 @@ def main(argv: list[str] | None = None) -> int:
     args, start = parse(argv), time.monotonic()
     torch.set_num_threads(args.threads)
     rows = []
-    columns = f"{'layer':<14}{'share':>6}{'width':>7}{'tokens':>8}  {'dtype':<9}{'pass':<5}"
+    columns = f"{'layer':<14}{'share':>6}{'width':>7}{'tokens':>8}  {'dtype':<9}{'pass':<9}"
     print(f"{columns}{'ms':>10}{'speed-up':>10}{'bound':>7}")
     for row in cells(args):
         rows.append(row)
         print(
             f"{row['layer']:<14}{row['share']:>6.2f}{row['width']:>7}{row['tokens']:>8}  "
-            f"{row['dtype']:<9}{row['pass']:<5}{row['seconds'] * 1e3:>10.3f}"
+            f"{row['dtype']:<9}{row['pass']:<9}{row['seconds'] * 1e3:>10.3f}"
             f"{row['speedup']:>10.2f}{row['bound']:>7.2f}",
             flush=True,
         )
