@@ -13,9 +13,11 @@ from feedforward.records import (
     Provenance,
     Record,
     RecordError,
+    added,
     cached,
     config_key,
     load_records,
+    plain_config,
     recorded,
     result_path,
     run_directory,
@@ -86,6 +88,68 @@ def test_the_key_is_that_of_the_configuration():
     assert config_key({"a": 1, "b": [1.5, None, "x"]}, "demo") == "8ae1122678aa8f16"
     with pytest.raises(ValueError, match="needs the experiment's name"):
         config_key({"lr": 1})
+
+
+@dataclass(frozen=True)
+class Inner:
+    rank: int = 4
+    init: str | None = added(None)
+
+
+@dataclass(frozen=True)
+class Grown(Demo):
+    """What `Demo` became when it got two fields more, of which one has such a field too."""
+
+    warmup: float = added(0.0)
+    inner: Inner | None = added(None)
+
+
+def test_an_added_field_leaves_the_key_alone_at_its_default():
+    assert plain_config(Grown()) == plain_config(Demo())
+    assert config_key(Grown()) == config_key(Demo()) == config_key(Grown(warmup=0))
+    keys = {config_key(config) for config in (Grown(), Grown(warmup=0.5), Grown(inner=Inner()))}
+    assert len(keys) == 3
+    assert plain_config(Grown(warmup=0.5)) == plain_config(Demo()) | {"warmup": 0.5}
+
+
+def test_an_added_field_of_a_nested_configuration():
+    @dataclass(frozen=True)
+    class Before:
+        rank: int = 4
+
+    old, new = Grown(inner=Before()), Grown(inner=Inner())
+    assert plain_config(new)["inner"] == {"rank": 4}
+    assert config_key(new) == config_key(old)
+    changed = Grown(inner=Inner(init="spectral"))
+    assert plain_config(changed)["inner"] == {"rank": 4, "init": "spectral"}
+    assert config_key(changed) != config_key(new)
+    # in a list or a dict too, where every configuration is plain JSON in the end
+    several = Demo(layers=(Inner(), {"a": Inner(init="x")}))
+    expected = [{"rank": 4}, {"a": {"rank": 4, "init": "x"}}]
+    assert plain_config(several)["layers"] == expected
+
+
+def test_a_run_recorded_before_a_field_was_added_is_found():
+    keep(record_of(Demo()))
+    assert recorded(Grown()) == record_of(Demo()) == record_of(Grown())
+    assert recorded(Grown(warmup=0.5)) is None
+    keep(record_of(Grown(warmup=0.5)))
+    assert recorded(Grown(warmup=0.5)).config["warmup"] == 0.5
+
+
+@pytest.mark.parametrize("seed", [0, 1, 2])
+def test_the_runs_of_the_foundations_are_still_found(seed, monkeypatch):
+    """The book stands on them: a field that changed their keys would lose them."""
+    from feedforward.profiles import load_experiment
+
+    monkeypatch.delenv("FEEDFORWARD_RESULTS")
+    arms = load_experiment("foundations").grid("foundations", "cpu")
+    records_there = {record.key: record for record in load_records("foundations", profile="cpu")}
+    for name, arm in arms.items():
+        arm = dataclasses.replace(arm, seed=seed)
+        found = records_there[config_key(arm)]
+        assert (found.variant, found.seed) == (name, seed)
+        assert found.config == plain_config(arm)
 
 
 @pytest.mark.parametrize(

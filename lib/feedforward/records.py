@@ -238,6 +238,10 @@ def plain_config(config: Config) -> dict[str, Any]:
 
 
 def _entries(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _entries(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_entries(item) for item in value]
     if not dataclasses.is_dataclass(value):
         return value
     return {
