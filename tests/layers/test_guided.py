@@ -9,7 +9,7 @@ import torch
 from torch import nn
 
 from feedforward import BlockDense, BlockShuffle, LowRank, PreMerged, SelfGuided
-from feedforward.layers.guided import advance, release
+from feedforward.layers.guided import advance, guide, release
 
 LAYERS = {
     "lowrank": lambda **o: LowRank(12, 48, rank=5, **o),
@@ -144,6 +144,87 @@ def test_gradients_are_shared_out_by_alpha():
     assert set(ours) == {"guide", "layer.v", "layer.u", "layer.bias"}
     for name, parameter in module.named_parameters():
         torch.testing.assert_close(ours[name], parameter.grad)
+
+
+# rectangular and odd, every width and rank
+ODD = {
+    "lowrank-up": lambda **o: LowRank(7, 15, rank=3, **o),
+    "lowrank-down": lambda **o: LowRank(13, 5, rank=5, **o),
+    "shuffle-up": lambda **o: BlockShuffle(9, 21, blocks=3, **o),
+    "shuffle-down": lambda **o: BlockShuffle(35, 15, blocks=5, **o),
+    "shuffle-square": lambda **o: BlockShuffle(25, 25, blocks=5, **o),
+    "blockdense-up": lambda **o: BlockDense(15, 17, rank=9, blocks=3, **o),
+    "blockdense-down": lambda **o: BlockDense(25, 11, rank=5, blocks=5, **o),
+}
+
+
+def written_out(layer, v, u, x):
+    """U(Vx) of one layer entry by entry, as the paper defines it; all tensors in float64."""
+    if isinstance(layer, LowRank):
+        return torch.einsum("mr,rn,tn->tm", u, v, x)
+    blocks = layer.blocks
+    parts = x.chunk(blocks, dim=1)
+    h = torch.cat([part @ block.T for part, block in zip(parts, v, strict=True)], dim=1)
+    if isinstance(layer, BlockDense):
+        return h @ u.T
+    # entry j of h goes to block j mod B, position j div B; row i of block c is output i * B + c
+    columns = [[] for _ in range(blocks)]
+    for j in range(h.shape[1]):
+        columns[j % blocks].append(h[:, j])
+    results = [torch.stack(c, dim=1) @ block.T for c, block in zip(columns, u, strict=True)]
+    return torch.stack([results[i % blocks][:, i // blocks] for i in range(layer.out_features)], 1)
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD.keys())
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
+@pytest.mark.parametrize("done", [0, 2, 5], ids=lambda done: f"step {done} of 6")
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
+)
+def test_values_and_gradients_match_the_definition(make, bias, done, dtype, tolerance):
+    """o = a Wx + (1 - a) U(Vx) + b, of which W, U, V, b and x get their gradients."""
+    torch.manual_seed(1)
+    layer = make(bias=bias, dtype=dtype)
+    if bias:
+        nn.init.normal_(layer.bias)
+    module = SelfGuided(layer, steps=6, stochastic=False)
+    nn.init.normal_(module.guide, std=0.3)
+    for _ in range(done):
+        module.advance()
+    x = torch.randn(9, layer.in_features, dtype=dtype, requires_grad=True)
+    weighting = torch.randn(9, layer.out_features, dtype=dtype)
+    y = module(x)
+    (y * weighting).sum().backward()
+
+    given = {"x": x} | dict(module.named_parameters())
+    assert set(given) == {"x", "guide", "layer.v", "layer.u"} | ({"layer.bias"} if bias else set())
+    exact = {name: t.detach().double().requires_grad_() for name, t in given.items()}
+    alpha = 0.5 * (1 + math.cos(math.pi * done / 6))
+    structured = written_out(layer, exact["layer.v"], exact["layer.u"], exact["x"])
+    expected = alpha * exact["x"] @ exact["guide"].T + (1 - alpha) * structured
+    if bias:
+        expected = expected + exact["layer.bias"]
+    (expected * weighting.double()).sum().backward()
+
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    for name, tensor in given.items():
+        torch.testing.assert_close(
+            tensor.grad.double(),
+            exact[name].grad,
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
+
+
+@pytest.mark.parametrize("make", ODD.values(), ids=ODD.keys())
+def test_the_guide_starts_as_the_layers_own_matrix_on_odd_shapes(make):
+    torch.manual_seed(2)
+    layer = make(dtype=torch.float64)
+    identity = torch.eye(layer.in_features, dtype=torch.float64)
+    product = written_out(layer, layer.v, layer.u, identity).T
+    difference = SelfGuided(layer, steps=3).guide - product
+    assert difference.abs().max() < 1e-14
 
 
 def test_without_a_bias():
@@ -352,6 +433,153 @@ def test_training_with_a_guide_that_sleeps():
     before = network[1][0].guide.detach().clone()
     train(network, optimizer, 2)
     assert torch.equal(network[1][0].guide, before)
+
+
+# a whole model
+
+
+class Tower(nn.Module):
+    """Structured layers at several depths, one of them in three places, and dense ones."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.Linear(5, 9)
+        self.shared = BlockShuffle(9, 9, blocks=3)
+        self.blocks = nn.ModuleList(
+            nn.ModuleDict(
+                {
+                    "up": LowRank(9, 15, rank=3),
+                    "down": BlockDense(15, 9, rank=3, blocks=3, bias=False),
+                    "again": self.shared,
+                }
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, x):
+        x = self.shared(self.first(x))
+        for block in self.blocks:
+            x = x + block["again"](block["down"](block["up"](x).tanh()))
+        return x
+
+
+def tower():
+    torch.manual_seed(4)
+    return Tower()
+
+
+def guided_layers(network):
+    return [m for m in network.modules() if isinstance(m, SelfGuided)]
+
+
+def test_guide_wraps_every_structured_layer_once():
+    network = tower()
+    structured = [
+        m for m in network.modules() if isinstance(m, (LowRank, BlockShuffle, BlockDense))
+    ]
+    random = torch.get_rng_state()
+    assert guide(network, steps=7, schedule="linear", stochastic=False) is network
+    assert torch.equal(torch.get_rng_state(), random)  # what is drawn later does not change
+    found = guided_layers(network)
+    assert len(structured) == len(found) == 5
+    assert {id(m.layer) for m in found} == {id(m) for m in structured}
+    assert {(m.steps, m.schedule, m.stochastic) for m in found} == {(7, "linear", False)}
+    assert network.shared is network.blocks[0]["again"] is network.blocks[1]["again"]
+    assert type(network.first) is nn.Linear
+    assert sum(name.endswith("guide") for name, _ in network.named_parameters()) == 5
+    advance(network)
+    assert [m.step.item() for m in found] == [1] * 5  # the shared one too
+
+
+def test_guide_does_not_change_the_function():
+    network, plain = tower(), tower()
+    guide(network, steps=4)
+    x = torch.randn(6, 5)
+    for mode in (True, False):
+        network.train(mode)
+        torch.testing.assert_close(network(x), plain(x), rtol=1e-5, atol=1e-6)
+    for module in guided_layers(network):
+        nn.init.normal_(module.guide)
+    assert torch.equal(network.eval()(x), plain(x))
+    assert not torch.allclose(network.train()(x), plain(x))
+
+
+def test_guide_has_the_right_gradients_at_its_start():
+    """With a = 1 the guides get those of dense layers, and the structured ones none."""
+    network = guide(tower().double(), steps=4, stochastic=False)
+    dense = copy.deepcopy(network)
+    for parent in dense.modules():
+        for name, child in list(parent.named_children()):
+            if isinstance(child, SelfGuided):
+                linear = nn.Linear(child.in_features, child.out_features, dtype=torch.float64)
+                linear.weight, linear.bias = child.guide, child.layer.bias
+                setattr(parent, name, linear)
+    dense.blocks[0]["again"] = dense.blocks[1]["again"] = dense.shared
+    x = torch.randn(6, 5, dtype=torch.float64)
+    torch.testing.assert_close(network(x), dense(x), rtol=1e-10, atol=1e-10)
+    network(x).square().sum().backward()
+    dense(x).square().sum().backward()
+    theirs = dict(dense.named_parameters())
+    for name, parameter in network.named_parameters():
+        if name.endswith((".v", ".u")):
+            assert not parameter.grad.any(), name
+            continue
+        name = name.replace(".guide", ".weight").replace("layer.", "")
+        torch.testing.assert_close(parameter.grad, theirs[name].grad, rtol=1e-10, atol=1e-10)
+
+
+def test_release_undoes_guide():
+    network, plain = tower(), tower()
+    release(guide(network, steps=4))
+    assert network.state_dict().keys() == plain.state_dict().keys()
+    assert network.shared is network.blocks[0]["again"] is network.blocks[1]["again"]
+    assert not guided_layers(network)
+    assert guided_layers(guide(network, steps=4))  # and it can be guided again
+
+
+def test_guide_leaves_the_guided_alone_and_adds_the_missing():
+    network = nn.Sequential(guided(LAYERS["lowrank"]), LowRank(48, 6, rank=2))
+    before = network[0]
+    guide(network, steps=3)
+    assert network[0] is before
+    assert type(network[0].layer) is LowRank
+    assert (network[0].steps, network[1].steps) == (10, 3)
+
+
+def test_guide_of_one_layer_gives_the_guided_one():
+    layer = LowRank(6, 8, rank=2)
+    module = guide(layer, steps=3)
+    assert isinstance(module, SelfGuided)
+    assert module.layer is layer
+
+
+@pytest.mark.parametrize(
+    ("make", "message"),
+    [
+        (lambda: nn.Sequential(nn.Linear(3, 3)), "Sequential has no structured.*replace_ffn"),
+        (lambda: nn.Linear(3, 3), "Linear has no structured layer"),
+        (lambda: guided(), "SelfGuided has no structured layer without a guide"),
+        (
+            lambda: nn.Sequential(PreMerged(LowRank(6, 8, rank=2), threshold=4)),
+            "has a PreMerged layer.*merge then",
+        ),
+        (lambda: PreMerged(LowRank(6, 8, rank=2), threshold=4), "has a PreMerged layer"),
+    ],
+)
+def test_guide_refuses_what_it_cannot_guide(make, message):
+    with pytest.raises(ValueError, match=message):
+        guide(make(), steps=3)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [({"steps": 0}, "steps is 0"), ({"steps": 3, "schedule": "step"}, "schedule is 'step'")],
+)
+def test_guide_that_is_refused_leaves_the_model_as_it_was(options, message):
+    network = tower()
+    with pytest.raises(ValueError, match=message):
+        guide(network, **options)
+    assert network.state_dict().keys() == tower().state_dict().keys()
 
 
 # bad input

@@ -28,6 +28,20 @@ CASES = {
     "dense-one": (BlockDense, 9, 11, {"rank": 4, "blocks": 1}),
 }
 every_case = pytest.mark.parametrize("case", CASES.values(), ids=CASES.keys())
+# every width odd, one wide, one as thin as can be: for what is compared with the definition
+MORE = {
+    "lowrank-odd": (LowRank, 129, 257, {"rank": 65}),
+    "lowrank-thin": (LowRank, 13, 5, {"rank": 1}),
+    "lowrank-column": (LowRank, 9, 1, {"rank": 1}),
+    "shuffle-odd": (BlockShuffle, 15, 21, {"blocks": 3}),
+    "shuffle-odd-down": (BlockShuffle, 45, 35, {"blocks": 5}),
+    "shuffle-full": (BlockShuffle, 7, 21, {"blocks": 7}),
+    "shuffle-wide": (BlockShuffle, 96, 384, {"blocks": 4}),
+    "dense-odd": (BlockDense, 15, 23, {"rank": 9, "blocks": 3}),
+    "dense-odd-down": (BlockDense, 35, 11, {"rank": 5, "blocks": 5}),
+    "dense-wide": (BlockDense, 384, 96, {"rank": 64, "blocks": 4}),
+}
+more_cases = pytest.mark.parametrize("case", (CASES | MORE).values(), ids=(CASES | MORE).keys())
 shuffles = pytest.mark.parametrize(
     "case", [c for c in CASES.values() if c[0] is BlockShuffle], ids=lambda c: f"{c[1:3]}{c[3]}"
 )
@@ -77,27 +91,36 @@ def test_the_two_shuffles_undo_each_other():
     assert not torch.equal(shuffle_matrix(12, 3), shuffle_matrix(12, 3).T)
 
 
-@every_case
+@more_cases
+@pytest.mark.parametrize("bias", [True, False], ids=["bias", "no bias"])
 @pytest.mark.parametrize(
     ("dtype", "tolerance"), [(torch.float64, 1e-10), (torch.float32, 1e-5)], ids=["fp64", "fp32"]
 )
-def test_values_and_gradients_match_explicit_matrices(case, dtype, tolerance):
-    bias = dtype == torch.float64  # without one in float32
+def test_values_and_gradients_match_explicit_matrices(case, bias, dtype, tolerance):
     layer = build(case, dtype=dtype, bias=bias)
     x = torch.randn(2, 9, layer.in_features, dtype=dtype, requires_grad=True)
     weighting = torch.randn(2, 9, layer.out_features, dtype=dtype)
     y = layer(x)
     (y * weighting).sum().backward()
 
-    given = [x, layer.v, layer.u] + ([layer.bias] if bias else [])
-    exact = [t.detach().double().requires_grad_() for t in given]
-    expected = F.linear(exact[0], oracle(layer, exact[1], exact[2]), exact[3] if bias else None)
+    given = {"x": x} | dict(layer.named_parameters())
+    assert list(given) == ["x", "v", "u"] + ["bias"] * bias
+    exact = {name: t.detach().double().requires_grad_() for name, t in given.items()}
+    weight = oracle(layer, exact["v"], exact["u"])
+    expected = F.linear(exact["x"], weight, exact.get("bias"))
     (expected * weighting.double()).sum().backward()
 
     assert y.dtype == dtype
     torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
-    for ours, theirs in zip(given, exact, strict=True):
-        torch.testing.assert_close(ours.grad.double(), theirs.grad, rtol=tolerance, atol=tolerance)
+    for name, tensor in given.items():
+        assert tensor.grad.shape == tensor.shape
+        torch.testing.assert_close(
+            tensor.grad.double(),
+            exact[name].grad,
+            rtol=tolerance,
+            atol=tolerance,
+            msg=lambda text, name=name: f"{name}: {text}",
+        )
 
 
 @every_case

@@ -8,7 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from feedforward.layers.structured import StructuredLinear, check_structured
+from feedforward.layers.structured import PreMerged, StructuredLinear, check_structured
 
 Schedule = Literal["cosine", "linear"]
 
@@ -143,9 +143,14 @@ def guide(
         The model; the guided layer, if `model` was a structured layer itself.
 
     Raises:
-        ValueError: If there is no structured layer without a guide, or `steps` or `schedule` is
-            not allowed.
+        ValueError: If there is no structured layer without a guide, one is pre-merged, or `steps`
+            or `schedule` is not allowed.
     """
+    if any(isinstance(module, PreMerged) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has a PreMerged layer, which is for decoding; "
+            "train its structured layer with a guide, and merge then"
+        )
     options = {"steps": steps, "schedule": schedule, "stochastic": stochastic}
     if isinstance(model, StructuredLinear):
         return SelfGuided(model, **options)

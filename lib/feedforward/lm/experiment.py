@@ -440,7 +440,7 @@ def loss_spikes(losses: Sequence[float], *, window: int = 20, height: float = 0.
     2
     """
     high = [
-        bool(before := losses[max(0, i - window) : i]) and loss > np.median(before) + height
+        bool(i and loss > np.median(losses[max(0, i - window) : i]) + height)
         for i, loss in enumerate(losses)
     ]
     return sum(now and not earlier for earlier, now in zip([False, *high], high, strict=False))
