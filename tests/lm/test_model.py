@@ -9,7 +9,7 @@ import torch.nn.functional as F
 
 from feedforward import count
 from feedforward.layers.experts import MoE
-from feedforward.lm.model import STRUCTURED, Decoder, DecoderConfig, FeedForward, rotate
+from feedforward.lm.model import STRUCTURED, Decoder, DecoderConfig, FeedForward, attend, rotate
 
 SMALL = {"vocabulary": 61, "width": 32, "layers": 3, "heads": 4, "context": 16}
 KINDS = {
@@ -244,3 +244,109 @@ def test_a_wide_dense_layer_before_narrow_experts_is_counted_from_its_shape():
     by_shape, by_module = count(config, context=0), count(Decoder(config), context=0)
     assert by_shape.parameters == by_module.parameters
     assert by_shape.active_parameters == by_module.active_parameters
+
+
+def some_heads(heads, key_heads, length, dtype, width=8):
+    generator = torch.Generator().manual_seed(2)
+    sizes = [(2, n, length, width) for n in (heads, key_heads, key_heads)]
+    return [torch.randn(s, generator=generator).to(dtype).requires_grad_() for s in sizes]
+
+
+def attention_written_out(q, k, v):
+    """softmax(QK^T / sqrt(d)) V of each head and query, in float64."""
+    rows = []
+    for head in range(q.shape[1]):
+        keys, values = (t[:, head * t.shape[1] // q.shape[1]] for t in (k, v))
+        for i in range(q.shape[2]):
+            scores = torch.einsum("bd,bjd->bj", q[:, head, i], keys[:, : i + 1])
+            shares = (scores / math.sqrt(q.shape[-1])).softmax(-1)
+            rows.append(torch.einsum("bj,bjd->bd", shares, values[:, : i + 1]))
+    return torch.stack(rows, 1).view(q.shape)
+
+
+@pytest.mark.parametrize(("heads", "key_heads"), [(4, 4), (6, 2), (4, 1)])
+@pytest.mark.parametrize("length", [1, 2, 19])
+@pytest.mark.parametrize("kind", ["fp32", "bf16", "autocast"])
+def test_attention_and_its_gradients_match_the_definition(heads, key_heads, length, kind):
+    """Both ways: the fused kernel, and the plain products of bf16 training on a processor."""
+    dtype = torch.float32 if kind == "fp32" else torch.bfloat16
+    given = some_heads(heads, key_heads, length, dtype)
+    exact = [t.detach().double().requires_grad_() for t in given]
+    weighting = torch.randn(exact[0].shape, generator=torch.Generator().manual_seed(3))
+    with torch.autocast("cpu", torch.bfloat16, enabled=kind == "autocast"):
+        y = attend(*given)
+    assert y.dtype == dtype
+    expected = attention_written_out(*exact)
+    (y.float() * weighting).sum().backward()
+    (expected * weighting.double()).sum().backward()
+    tolerance = 1e-5 if kind == "fp32" else 0.03
+    torch.testing.assert_close(y.double(), expected, rtol=tolerance, atol=tolerance)
+    for ours, theirs in zip(given, exact, strict=True):
+        error = (ours.grad.double() - theirs.grad).norm() / theirs.grad.norm().clamp(min=1.0)
+        assert error < tolerance
+    with torch.no_grad():  # the fused kernel says the same
+        torch.testing.assert_close(attend(*given), y, rtol=2 * tolerance, atol=2 * tolerance)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_attention_never_looks_ahead(dtype):
+    q, k, v = some_heads(4, 2, 12, dtype)
+    y = attend(q, k, v)
+    y[:, :, :7].float().sum().backward()
+    for tensor in (k, v):
+        assert not tensor.grad[:, :, 7:].any()
+        assert tensor.grad[:, :, :7].any()
+    with torch.no_grad():
+        k[:, :, 7:], v[:, :, 7:] = 5.0, -9.0
+    assert torch.equal(attend(q, k, v)[:, :, :7], y[:, :, :7])
+
+
+def test_plain_attention_is_for_bf16_training_on_a_processor_alone(monkeypatch):
+    fused, calls = F.scaled_dot_product_attention, []
+
+    def counted(*arguments, **options):
+        calls.append(options)
+        return fused(*arguments, **options)
+
+    monkeypatch.setattr(F, "scaled_dot_product_attention", counted)
+    attend(*some_heads(2, 1, 512, torch.bfloat16))
+    assert not calls
+    attend(*some_heads(2, 1, 513, torch.bfloat16))  # the scores would fill the memory
+    attend(*some_heads(2, 2, 9, torch.float32))
+    with torch.no_grad():
+        attend(*some_heads(2, 1, 9, torch.bfloat16))
+    assert [options["enable_gqa"] for options in calls] == [True, False, True]
+
+
+@pytest.mark.parametrize("name", ["dense", "grouped", "blockdense"])
+def test_training_in_bf16_follows_float32(name):
+    model, tokens = decoder(name).train(), some_tokens(4)
+    gradients = []
+    for bf16 in (True, False):
+        model.zero_grad()
+        with torch.autocast("cpu", torch.bfloat16, enabled=bf16):
+            loss = model(tokens[:, :-1], tokens[:, 1:])
+        loss.backward()
+        gradients.append((loss.detach(), torch.cat([p.grad.flatten() for p in model.parameters()])))
+    (loss, gradient), (exact, exact_gradient) = gradients
+    torch.testing.assert_close(loss, exact, rtol=1e-3, atol=1e-3)
+    assert F.cosine_similarity(gradient, exact_gradient, dim=0) > 0.999
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_structured_layers_start_as_the_configuration_says(name):
+    for init in (None, "spectral", "orthonormal", "gaussian"):
+        ffns = [block.ffn for block in decoder(name, init=init).blocks[1:]]
+        own = "spectral" if name == "lowrank" else "orthonormal"  # the paper's
+        assert {layer.init for ffn in ffns for layer in (ffn.up, ffn.down)} == {init or own}
+    config = decoder(name).config
+    assert dataclasses.replace(config, init=own) != config
+    by_default, by_name = decoder(name), decoder(name, init=own)
+    assert all(map(torch.equal, by_default.parameters(), by_name.parameters()))
+
+
+def test_a_start_is_given_to_structured_layers_alone():
+    with pytest.raises(ValueError, match="init 'spectral' is of structured layers; ffn is 'dense'"):
+        DecoderConfig(**SMALL, init="spectral")
+    with pytest.raises(ValueError, match="init is 'kaiming'; allowed: spectral, orthonormal"):
+        DecoderConfig(**SMALL | KINDS["lowrank"], init="kaiming")
