@@ -677,6 +677,7 @@ def structured_cost(cell: str) -> float:
         ValueError: if the model or the quantity has another name.
     """
     from feedforward.layers.cost import PAPER_SHAPES, breakdown
+    from feedforward.lm.scaling import PAPER_TOKENS
 
     name, _, quantity = cell.partition(" ")
     if name not in PAPER_SHAPES or quantity not in ("parameters", "FFN parameters", "FLOPs"):
@@ -688,12 +689,10 @@ def structured_cost(cell: str) -> float:
     if quantity == "FFN parameters":
         return parts["ffn"].parameters
     if quantity == "FLOPs":
-        return sum(part.training_flops for part in parts.values()) * _TOKENS[name.split("-")[0]]
+        return (
+            sum(part.training_flops for part in parts.values()) * PAPER_TOKENS[name.split("-")[0]]
+        )
     return sum(part.parameters for part in parts.values())
-
-
-# training tokens of the paper's sizes
-_TOKENS = {"s": 2.2e9, "m": 6.7e9, "l": 14.58e9, "xl": 25.5e9}
 
 
 def _by_profile(statistic: Statistic, records: Iterable[Record]) -> dict[str, _Arms]:

@@ -132,7 +132,7 @@ def _checked(flops: ArrayLike, loss: ArrayLike, *, sizes: int = 2) -> tuple[np.n
 PAPER_TOKENS: Mapping[str, float] = MappingProxyType(
     {"s": 2.2e9, "m": 6.7e9, "l": 14.58e9, "xl": 25.5e9}
 )
-"""Training tokens of each size of arXiv 2406.16450: 20 for each parameter of the dense model."""
+"""Training tokens of each size of arXiv 2406.16450, 20 for each parameter of the dense model."""
 
 
 @dataclass(frozen=True)
@@ -170,7 +170,7 @@ class Published:
 
     @property
     def flops(self) -> float:
-        """Of the whole training, counted: at equal FLOPs those of the dense model."""
+        """Of the whole training, counted; of an arm at equal FLOPs those of the dense model."""
         equal = self.variant.endswith(("-guided", "-equal-flops"))
         shape = self._shape("dense" if equal else self.variant)
         return count(shape).training_flops * PAPER_TOKENS[self.size]
@@ -214,7 +214,10 @@ PUBLISHED: tuple[Published, ...] = tuple(
     for variant, row in _TABLE.items()
     for size, (perplexity, sureness) in row.items()
 )
-"""The perplexities of arXiv 2406.16450, in text, tables and pictures, arm by arm."""
+"""The perplexities of arXiv 2406.16450, in text, tables and pictures, arm by arm.
+
+:meta hide-value:
+"""
 
 
 def published_points(variant: str) -> Points:
@@ -254,8 +257,9 @@ class LineFit:
     Attributes:
         intercept: in nats, at one FLOP.
         slope: in nats per decade of FLOPs.
-        low, high: the interval of the slope by Student's t, which takes the residuals for
+        low: where the interval of the slope begins, by Student's t, which takes the residuals for
             independent noise; NaN where two runs leave none.
+        high: where it ends.
         residual_sd: standard deviation of the runs about the line, in nats; NaN likewise.
     """
 
@@ -328,9 +332,9 @@ class PowerFit:
         offset: E in nats, not below 0.
         scale: A, in nats at one FLOP.
         exponent: alpha.
-        low, high: the interval of the exponent: those at which the other two can be chosen so that
-            an F-test does not reject the fit; 0 or infinite where no end was found, NaN where three
-            runs leave nothing to test with.
+        low: the smallest exponent that an F-test does not reject, the other two numbers chosen
+            anew for it; 0 where there is none, NaN where three runs leave nothing to test with.
+        high: the largest one; infinite where there is none.
         residual_sd: standard deviation of the runs about the curve, in nats; NaN likewise.
         identified: whether the runs tell offset and exponent apart from others.
         reason: why they do, or do not.
@@ -465,7 +469,8 @@ class SlopeDifference:
 
     Attributes:
         estimate: slope of the first minus slope of the second, in nats per decade.
-        low, high: its interval; NaN where there is none.
+        low: where its interval begins; NaN where there is none.
+        high: where it ends.
         how: where the interval comes from, or why there is none.
     """
 
@@ -489,7 +494,8 @@ class Crossing:
     Attributes:
         flops: where the fitted lines meet; NaN for parallel ones. It is a result only when
             `established`.
-        low, high: its interval, in FLOPs; 0 to infinity when the slopes may be equal.
+        low: where its interval begins, in FLOPs; 0 when the slopes may be equal.
+        high: where it ends; infinite when the slopes may be equal.
         established: whether the runs show that the arms cross there.
         reason: why they do, or everything that speaks against it.
         slopes: the difference of the slopes.
@@ -517,23 +523,24 @@ def slope_difference(
     the same seeds at each size (the smallest against the smallest, and so on), the same are drawn
     in both. Two or three seeds spread too little, so the deviations are widened by
     ``sqrt(n / (n - 1))`` and by Student's t over the normal quantile (Hesterberg 2015, "What
-    teachers should know about the bootstrap"). Such an interval is about other seeds
-    at the same sizes, not about other sizes.
+    teachers should know about the bootstrap"). Such an interval is about other seeds at the same
+    sizes, not about other sizes.
 
     With single runs, as published points are, noise is drawn that has the residuals' standard
     deviation, itself uncertain (scaled inverse chi-squared), and on top of it the reading error.
 
-    A law that flattens is steeper at fewer FLOPs: arms measured over other FLOPs can differ in the
-    slopes of their lines and yet follow one law. Explained in ``book/structured-ffn/05-scaling``.
+    A law that flattens is steeper at fewer FLOPs, so two arms measured over other FLOPs can differ
+    in the slopes of their lines and yet follow one law. Explained in
+    ``book/structured-ffn/05-scaling``.
 
     Args:
         a: runs of one arm, at two sizes or more.
         b: runs of another.
         resamples: of the bootstrap.
         seed: of the bootstrap.
-        shared_residuals: of single runs: what the lines miss at a size is drawn for both
-            arms together, correlated as the residuals are, so that what both lines miss alike
-            cancels. By default each arm is drawn by itself, and the interval is wider.
+        shared_residuals: of single runs, draw what the lines miss at a size for both arms together,
+            correlated as the residuals are, so that what both lines miss alike cancels. By default
+            each arm is drawn by itself, and the interval is wider.
 
     Raises:
         ValueError: fewer than 100 resamples, or residuals to share between arms of other sizes.
