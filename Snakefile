@@ -29,9 +29,13 @@ def executed(notebook):
 
 
 def planned_records(wildcards):
-    variants = profiles.load_experiment(PART).grid(PART, PROFILE)
     seeds = profiles.get_profile(PROFILE).seeds
-    return expand(f"results/{PART}/{PROFILE}/{{v}}-s{{s}}.json", v=variants, s=seeds)
+    return [
+        f"results/{name}/{PROFILE}/{variant}-s{seed}.json"
+        for name in profiles.experiments_of(PART)
+        for variant in profiles.load_experiment(name).grid(name, PROFILE)
+        for seed in seeds
+    ]
 
 
 wildcard_constraints:

@@ -7,7 +7,7 @@ from pathlib import Path
 import jupytext
 import nbformat
 
-from feedforward import sources
+from feedforward import profiles, sources
 from feedforward.files import atomic_write
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -51,9 +51,11 @@ class Notebook:
 
     @property
     def results(self) -> list[str]:
-        """The recorded runs of its part."""
+        """The recorded runs of its part's experiments."""
         return sorted(
-            str(path.relative_to(ROOT)) for path in (ROOT / "results" / self.part).rglob("*.json")
+            str(path.relative_to(ROOT))
+            for experiment in profiles.experiments_of(self.part)
+            for path in (ROOT / "results" / experiment).rglob("*.json")
         )
 
     @property

@@ -411,6 +411,66 @@ def current_verdicts() -> list[Verdict]:
     return verdicts(claims, [run for name in sorted(experiments) for run in load_records(name)])
 
 
+def compare(
+    records: Iterable[Record],
+    variant: str,
+    reference: str,
+    metric: str,
+    *,
+    kind: str = "difference",
+    target: str | None = None,
+) -> Result:
+    """Two arms of one experiment and profile compared, as a statistic of a claim would be.
+
+    So a chapter's prose and the ledger use the same intervals; `verdicts` says how they are made.
+
+    Args:
+        records: of an experiment; those of other variants are left alone.
+        variant: the arm in question.
+        reference: what it is compared with.
+        metric: the name of a number in the records' metrics.
+        kind: ``"difference"``, ``"ratio"``, ``"relative"`` (in percent), or ``"gap"``: the share of
+            the way from `reference` to `target` that `variant` goes.
+        target: of a ``gap``.
+
+    Returns:
+        Estimate and ends of the 95 % interval; NaN, with the reason, where there is none. Its
+        verdict says nothing here.
+
+    Raises:
+        ValueError: if an arm has no record with this metric, or the records are of several
+            experiments or profiles.
+    """
+    if kind not in ("difference", "ratio", "relative", "gap") or (kind == "gap") != bool(target):
+        raise ValueError(
+            f"kind is {kind!r} and target {target!r}; give difference, ratio or relative, or gap "
+            "with a target"
+        )
+    records = list(records)
+    homes = {(record.experiment, record.profile) for record in records}
+    if len(homes) != 1:
+        raise ValueError(f"compare takes records of one experiment and profile, not of {homes}")
+    ((experiment, profile),) = homes
+    statistic = Statistic(
+        kind,
+        experiment,
+        (-math.inf, math.inf),
+        variant=(variant,),
+        reference=(reference,),
+        target=(target,) if target else (),
+        metric=metric,
+    )
+    runs = _by_profile(statistic, records)
+    if profile not in runs:
+        raise ValueError(
+            f"not every one of {', '.join(statistic.arms)} has a record of {experiment} at profile "
+            f"{profile} with the metric {metric!r}"
+        )
+    arms = runs[profile]
+    used = tuple(run for arm in arms.values() for run in arm.values())
+    return Result(statistic, *_judge(statistic, arms), used)
+
+
 def decide(low: float, high: float, band: tuple[float, float], null: float | None) -> str:
     """The verdict of an interval ``[low, high]`` on a band.
 

@@ -21,7 +21,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feedforward import plotting
-from feedforward.profiles import Profile, check_parameters
+from feedforward.profiles import Profile, check_parameters, unknown
 from feedforward.records import Record, describe_device
 from feedforward.training import seed_everything
 
@@ -238,6 +238,24 @@ def caption(recorded: Record | Iterable[Record] = (), live: Record | Iterable[Re
     text = plotting.caption(recorded, live)
     content = {"text/html": f'<p class="run-caption">{html.escape(text)}</p>', "text/plain": text}
     display(content, raw=True)
+
+
+def verdicts(*claims: str) -> Table:
+    """Rows of the ledger: claims with the paper's number, ours, and the computed verdict.
+
+    Args:
+        claims: their ids, for instance ``"ffn-4"``.
+
+    Raises:
+        ValueError: if a claim is unknown.
+    """
+    from feedforward.claims import current_verdicts, ledger_rows
+
+    rows = {row["claim"]: row for row in ledger_rows(current_verdicts())}
+    if missing := [claim for claim in claims if claim not in rows]:
+        raise ValueError(unknown("claim", missing[0], rows))
+    columns = ("claim", "the paper", "ours", "verdict", "because")
+    return table([{column: rows[claim][column] for column in columns} for claim in claims])
 
 
 def _quieten() -> None:

@@ -82,7 +82,17 @@ EXPERIMENTS = {
     "foundations": "feedforward.lm.experiment",
     "structured-ffn": "feedforward.lm.structured",
     "structured-ffn-stability": "feedforward.lm.structured",
+    "structured-ffn-speed": "feedforward.lm.speed",
 }
+
+
+def experiments_of(part: str) -> list[str]:
+    """The experiments behind a part of the book: its own, and those whose names begin with it.
+
+    >>> experiments_of("foundations")
+    ['foundations']
+    """
+    return [name for name in EXPERIMENTS if f"{name}-".startswith(f"{part}-")]
 
 
 def get_profile(name: str) -> Profile:
