@@ -8,12 +8,26 @@ import torch
 import torch.nn.functional as F
 
 from feedforward import count
+from feedforward.layers.cost import PAPER_SHAPES
 from feedforward.layers.experts import MoE
-from feedforward.lm.model import STRUCTURED, Decoder, DecoderConfig, FeedForward, attend, rotate
+from feedforward.lm.model import (
+    PAPER_MODELS,
+    STRUCTURED,
+    Decoder,
+    DecoderConfig,
+    FeedForward,
+    KeyValueCache,
+    attend,
+    from_gpt2,
+    paper_config,
+    rotate,
+)
+from feedforward.records import plain_config
 
 SMALL = {"vocabulary": 61, "width": 32, "layers": 3, "heads": 4, "context": 16}
 KINDS = {
     "dense": {},
+    "learned": {"positions": "learned", "head_width": 5, "eps": 1e-3},
     "gated": {"gated": True, "activation": "silu", "norm": "rms", "bias": False, "hidden": 48},
     "grouped": {"kv_heads": 2, "head_width": 4, "tied": False},
     "lowrank": {"ffn": "lowrank", "rank": 8},
@@ -84,6 +98,150 @@ def test_it_is_transformers_llama():
         torch.testing.assert_close(ours(tokens), theirs(tokens).logits, atol=1e-5, rtol=1e-4)
 
 
+def gpt2(**changes):
+    from transformers import GPT2Config, GPT2LMHeadModel
+
+    torch.manual_seed(0)
+    sizes = {"vocab_size": 61, "n_embd": 20, "n_layer": 3, "n_head": 4, "n_positions": 16}
+    model = GPT2LMHeadModel(GPT2Config(**sizes, **changes)).double()
+    with torch.no_grad():  # biases and norms are not zero and one in a trained model
+        for parameter in model.parameters():
+            parameter.add_(0.1 * torch.randn_like(parameter))
+    return model
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {},
+        {"n_inner": 36, "activation_function": "gelu", "layer_norm_epsilon": 1e-2},
+        {"tie_word_embeddings": False, "attn_implementation": "eager"},
+    ],
+    ids=["plain", "other", "untied"],
+)
+def test_it_is_transformers_gpt2(changes):
+    theirs, tokens = gpt2(**changes).eval(), some_tokens()
+    ours = from_gpt2(theirs)
+    assert not ours.training
+    with torch.no_grad():
+        expected = theirs(tokens, labels=tokens)
+        torch.testing.assert_close(ours(tokens), expected.logits, rtol=1e-10, atol=1e-10)
+        targets = F.pad(tokens[:, 1:], (0, 1), value=-100)
+        # the loss is taken in float32
+        torch.testing.assert_close(ours(tokens, targets).double(), expected.loss.double())
+    parameters = sum(p.numel() for p in theirs.parameters())
+    assert count(ours).parameters == count(ours.config).parameters == parameters
+    assert count(ours, context=0) == count(ours.config, context=0, dtype=torch.float64)
+    theirs.transformer.wte.weight.data.zero_()  # ours are copies
+    assert ours.embedding.weight.any()
+
+
+def test_what_the_decoder_does_not_have_is_refused():
+    for changes, says in (
+        ({"activation_function": "relu"}, "'relu'.*gelu_new"),
+        ({"scale_attn_by_inverse_layer_idx": True}, "scale_attn_by_inverse_layer_idx is True"),
+        ({"scale_attn_weights": False}, "scale_attn_weights is False"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            from_gpt2(gpt2(**changes))
+
+
+# millions of parameters and training FLOPs that the paper prints (papers' tables, some computed)
+PRINTED = {
+    "s": (110, 1.69e18), "s-lowrank-63": (90, 1.44e18), "s-lowrank-32": (74, 1.22e18),
+    "m": (335, 1.55e19), "m-lowrank-63": (262, 1.26e19), "m-lowrank-32": (202, 1.01e19),
+    "l": (729, 7.03e19), "l-lowrank-63": (566, 5.61e19), "l-lowrank-32": (430, 4.42e19),
+    "xl": (1274, 2.10e20), "xl-lowrank-63": (985, 1.66e20), "xl-lowrank-32": (744, 1.29e20),
+    "xl-blockdense-63": (955, 1.61e20), "xl-blockdense-32": (728, 1.27e20),
+    "xl-blockshuffle-63": (985, 1.66e20), "xl-blockshuffle-32": (744, 1.29e20),
+    "m-gqa": (335, None), "m-ws": (219, None), "l-gqa": (729, None), "l-ws": (464, None),
+}  # fmt: skip
+TOKENS = {"s": 2.2e9, "m": 6.7e9, "l": 14.58e9, "xl": 25.5e9}
+
+
+@pytest.mark.parametrize("name", PRINTED)
+def test_the_papers_models_cost_what_it_prints(name):
+    millions, flops = PRINTED[name]
+    cost = count(paper_config(name))
+    assert cost.parameters / 1e6 == pytest.approx(millions, rel=0.01)
+    if flops is not None:
+        tokens = TOKENS[name.partition("-")[0]]
+        assert cost.training_flops * tokens == pytest.approx(flops, rel=0.01)
+
+
+def test_every_language_model_of_the_paper_has_its_shape():
+    assert len(PAPER_MODELS) == 4 * 7 + 4
+    for name in PAPER_MODELS:
+        config = paper_config(name)
+        assert config.shape() == PAPER_SHAPES[name]
+        assert config.activation == "gelu_tanh"
+    with torch.device("meta"):
+        model = Decoder(paper_config("l-ws"))
+    assert count(model).parameters == count(PAPER_SHAPES["l-ws"]).parameters
+    for name in ("distilbert", "m-lowrank", None):
+        with pytest.raises(ValueError, match="no language model of the paper"):
+            paper_config(name)
+    with pytest.raises(ValueError, match="did you mean 'xl-lowrank-32'"):
+        paper_config("xl-lowrnk-32")
+
+
+def test_later_fields_do_not_change_the_identity_of_recorded_runs():
+    assert not {"positions", "eps", "init"} & plain_config(DecoderConfig()).keys()
+    assert plain_config(DecoderConfig(positions="learned"))["positions"] == "learned"
+
+
+@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("parts", [(7, 1, 1, 1), (1, 5, 4), (10,)], ids=str)
+def test_a_cache_gives_the_logits_of_the_whole_sequence(name, parts):
+    model, tokens = decoder(name).double(), some_tokens(2, 10)
+    cache = [KeyValueCache(12) for _ in model.blocks]
+    with torch.no_grad():
+        pieces = [model(piece, cache=cache) for piece in tokens.split(parts, dim=1)]
+        torch.testing.assert_close(torch.cat(pieces, 1), model(tokens), rtol=1e-10, atol=1e-10)
+    assert [(c.length, *c.keys.shape) for c in cache] == [
+        (10, 2, model.config.key_heads, 12, model.config.per_head)
+    ] * 3
+
+
+@pytest.mark.parametrize("name", KINDS)
+def test_padding_changes_nothing(name):
+    capacity = {"capacity_factor": 0.5} if "moe" in name or "switch" in name else {}
+    model, tokens = decoder(name, **capacity).double(), some_tokens(3, 10)
+    padding = torch.tensor([4, 0, 9])
+    if capacity:  # which is shared by the rows: what padding holds still takes none of it
+        other = tokens.clone()
+        other[0, :4] = other[2, :9] = 7
+        with torch.no_grad():
+            pair = [model(rows, padding=padding) for rows in (tokens, other)]
+        for row, skip in enumerate(padding):
+            torch.testing.assert_close(pair[0][row, skip:], pair[1][row, skip:])
+        return
+    cache = [KeyValueCache(10) for _ in model.blocks]
+    with torch.no_grad():
+        padded = model(tokens, padding=padding)
+        first, *later = tokens.split((8, 1, 1), dim=1)
+        pieces = [model(piece, padding=padding, cache=cache) for piece in (first, *later)]
+        for row, skip in enumerate(padding):
+            alone = model(tokens[row : row + 1, skip:])[0]
+            for batch in (padded, torch.cat(pieces, 1)):
+                torch.testing.assert_close(batch[row, skip:], alone, rtol=1e-10, atol=1e-10)
+
+
+def test_a_cache_ends_at_its_capacity_and_at_the_context():
+    model = decoder("dense")
+    with torch.no_grad():
+        cache = [KeyValueCache(8) for _ in model.blocks]
+        model(some_tokens(2, 8), cache=cache)
+        with pytest.raises(ValueError, match="9 tokens are more than the 8"):
+            model(some_tokens(2, 1), cache=cache)
+        cache = [KeyValueCache(32) for _ in model.blocks]
+        model(some_tokens(2, 16), cache=cache)
+        with pytest.raises(ValueError, match="17 tokens are more than the context of 16"):
+            model(some_tokens(2, 1), cache=cache)
+    with pytest.raises(ValueError, match="capacity is 0"):
+        KeyValueCache(0)
+
+
 @pytest.mark.parametrize("name", KINDS)
 def test_a_token_sees_only_what_came_before(name):
     model, tokens = decoder(name), some_tokens()
@@ -121,7 +279,8 @@ def test_it_learns_a_sequence_by_heart(name):
         loss.backward()
         optimizer.step()
     assert loss.item() < 0.5
-    assert torch.equal(model.generate(tokens[:, :2], 14, temperature=0)[:, 1:], tokens[:, 1:])
+    with torch.no_grad():
+        assert torch.equal(model(tokens)[:, 1:-1].argmax(-1), tokens[:, 2:])
 
 
 def test_experts_have_the_dense_layers_active_flops():
@@ -166,32 +325,6 @@ def test_rotation_keeps_lengths_and_depends_on_distance_alone():
     assert not torch.isclose(scores[5, 2], scores[5, 3])
 
 
-def test_generation_follows_its_own_forward_pass():
-    model, tokens = decoder("moe").train(), some_tokens(2, 5)
-    greedy = model.generate(tokens, 20, temperature=0)
-    assert greedy.shape == (2, 25)
-    assert model.training
-    assert torch.equal(greedy[:, :5], tokens)
-    model.eval()
-    with torch.no_grad():
-        for end in (6, 16, 25):  # beyond the context only its end is seen
-            logits = model(greedy[:, max(0, end - 17) : end - 1])
-            assert torch.equal(greedy[:, end - 1], logits[:, -1].argmax(-1))
-    assert torch.equal(model.generate(tokens, 9, top_k=1), model.generate(tokens, 9, temperature=0))
-    seeds = (torch.Generator().manual_seed(seed) for seed in (0, 0, 1))
-    draws = [model.generate(tokens, 9, generator=seed) for seed in seeds]
-    assert torch.equal(draws[0], draws[1])
-    assert not torch.equal(draws[0], draws[2])
-
-
-def test_generation_refuses_nothing_and_negative_temperature():
-    model = decoder("dense")
-    with pytest.raises(ValueError, match=r"\(2, 0\).*T >= 1"):
-        model.generate(torch.zeros(2, 0, dtype=torch.long), 3)
-    with pytest.raises(ValueError, match="temperature is -1"):
-        model.generate(some_tokens(), 3, temperature=-1)
-
-
 def test_a_sequence_beyond_the_context_is_refused():
     with pytest.raises(ValueError, match="17 tokens are more than the context of 16"):
         decoder("dense")(some_tokens(1, 17))
@@ -210,6 +343,8 @@ def test_a_sequence_beyond_the_context_is_refused():
         ({"activation": "relu"}, "allowed: gelu"),
         ({"ffn": "sparse"}, "allowed: dense, lowrank"),
         ({"std": 0.0}, "must be positive"),
+        ({"eps": 0.0}, "must be positive"),
+        ({"positions": "absolute"}, "allowed: rotary, learned"),
         ({"dense_layers": 4}, "0 to 3"),
         ({"ffn": "lowrank"}, "takes share or rank"),
         ({"ffn": "lowrank", "rank": 4, "share": 0.3}, "given: rank, share"),

@@ -5,19 +5,24 @@ embeddings. Attention and embeddings stay dense; what stands in the place of the
 layer is a matter of the configuration.
 """
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
+from typing import TYPE_CHECKING
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from feedforward.layers.cost import TransformerShape
+from feedforward.layers.cost import PAPER_SHAPES, TransformerShape
 from feedforward.layers.experts import MoE
 from feedforward.layers.routing import SwitchRouter, TopKRouter
 from feedforward.layers.structured import INITS, BlockDense, BlockShuffle, LowRank
+from feedforward.profiles import unknown
 from feedforward.records import added
+
+if TYPE_CHECKING:
+    from transformers import GPT2LMHeadModel
 
 _NORMS: dict[str, type[nn.Module]] = {"layer": nn.LayerNorm, "rms": nn.RMSNorm}
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -32,6 +37,9 @@ STRUCTURED: dict[str, type[LowRank | BlockShuffle | BlockDense]] = {
 }
 EXPERTS = ("moe", "switch")
 FFNS = ("dense", *STRUCTURED, *EXPERTS)
+POSITIONS = ("rotary", "learned")
+#: Names that `paper_config` takes: the language models of arXiv 2406.16450.
+PAPER_MODELS = tuple(n for n in PAPER_SHAPES if n.partition("-")[0] in ("s", "m", "l", "xl"))
 
 
 @dataclass(frozen=True)
@@ -73,6 +81,9 @@ class DecoderConfig:
         capacity_factor: Experts' capacity; None drops no token.
         init: Structured: ``"spectral"``, ``"orthonormal"`` or ``"gaussian"``; None: each kind's
             own, as the paper has it.
+        positions: ``"rotary"``, or ``"learned"``: a vector for each position, added to the
+            embedding of the token there (GPT-2).
+        eps: Of the norms.
 
     Raises:
         ValueError: When sizes do not fit together or a name is unknown.
@@ -104,6 +115,8 @@ class DecoderConfig:
     jitter: float = 0.0
     capacity_factor: float | None = None
     init: str | None = added(None)
+    positions: str = added("rotary")
+    eps: float = added(1e-5)
 
     def __post_init__(self):
         for name in ("vocabulary", "width", "layers", "heads", "context", "experts", "k"):
@@ -115,20 +128,24 @@ class DecoderConfig:
         _one_of("norm", self.norm, _NORMS)
         _one_of("activation", self.activation, _ACTIVATIONS)
         _one_of("ffn", self.ffn, FFNS)
+        _one_of("positions", self.positions, POSITIONS)
         if self.head_width is None and self.width % self.heads:
             raise ValueError(
                 f"width {self.width} is not divisible by heads {self.heads}: "
                 "change one of them, or give head_width"
             )
-        if self.per_head % 2:
+        if self.per_head % 2 and self.positions == "rotary":
             raise ValueError(f"a head is {self.per_head} wide; rotary positions need an even width")
         if self.heads % self.key_heads:
             raise ValueError(
                 f"kv_heads {self.kv_heads} must divide heads {self.heads}: each key head serves "
                 "the same number of query heads"
             )
-        if self.std <= 0 or self.rope_base <= 1:
-            raise ValueError(f"std {self.std} must be positive, rope_base {self.rope_base} above 1")
+        if self.std <= 0 or self.eps <= 0 or self.rope_base <= 1:
+            raise ValueError(
+                f"std {self.std} and eps {self.eps} must be positive, "
+                f"rope_base {self.rope_base} above 1"
+            )
         if self.dense_layers is not None and not 0 <= self.dense_layers <= self.layers:
             raise ValueError(f"dense_layers is {self.dense_layers}; allowed: 0 to {self.layers}")
         self._check_structure()
@@ -192,6 +209,11 @@ class DecoderConfig:
         """Hidden width of one expert."""
         return self.expert_hidden or self.ffn_hidden // self.active_experts
 
+    def new_norm(self) -> nn.Module:
+        """A norm of the residual stream."""
+        kind = {"bias": self.bias} if self.norm == "layer" else {}
+        return _NORMS[self.norm](self.width, eps=self.eps, **kind)
+
     def structured(self) -> Callable[..., nn.Module]:
         """Makes a structured map from its widths in and out."""
         kind = STRUCTURED[self.ffn]
@@ -226,11 +248,48 @@ class DecoderConfig:
             gated=self.gated,
             bias=self.bias,
             norm_bias=self.bias and self.norm == "layer",
+            positions=self.context if self.positions == "learned" else 0,
             logits="tied" if self.tied else "own",
             ffn=kind,
             dense_layers=self.first_dense,
             **sizes,
         )
+
+
+def paper_config(name: str) -> DecoderConfig:
+    """The decoder of arXiv 2406.16450 of this name, made from its shape in ``PAPER_SHAPES``.
+
+    ``s``, ``m``, ``l``, ``xl`` are dense (table 1 there); ``<size>-<kind>-<63 | 32>`` have
+    ``lowrank``, ``blockshuffle`` or ``blockdense`` layers of that percentage; ``m-gqa`` and
+    ``l-gqa`` have grouped queries, ``m-ws`` and ``l-ws`` are wide and structured. All have a tanh
+    GELU, 32,000 tokens in the vocabulary and a context of 1024. Explained in
+    ``book/structured-ffn/05-scaling``.
+
+    Raises:
+        ValueError: When the paper has no such language model, with the nearest name.
+
+    >>> config = paper_config("m-ws")
+    >>> config.width, config.heads * config.per_head, config.key_heads, config.rank
+    (1024, 512, 4, 512)
+    """
+    if name not in PAPER_MODELS:
+        raise ValueError(unknown("language model of the paper", name, PAPER_MODELS))
+    shape = PAPER_SHAPES[name]
+    return DecoderConfig(
+        vocabulary=shape.vocabulary,
+        width=shape.width,
+        layers=shape.layers,
+        heads=shape.heads,
+        kv_heads=shape.kv_heads,
+        head_width=shape.head_width,
+        hidden=shape.hidden,
+        context=shape.context,
+        activation="gelu_tanh",
+        ffn=shape.ffn.lower(),
+        dense_layers=shape.dense_layers,
+        rank=shape.rank,
+        blocks=shape.blocks,
+    )
 
 
 def _positive(name: str, value: int) -> None:
@@ -306,6 +365,64 @@ def build_ffn(config: DecoderConfig, layer: int) -> nn.Module:
     )
 
 
+class KeyValueCache:
+    """Keys and values of the tokens that one attention layer has seen, so that none is made twice.
+
+    Only the key heads are kept: with grouped queries they are fewer than the query heads. The room
+    is taken at the first `append`, in the type and on the device of what comes. Explained in
+    ``book/structured-ffn/04-decoding``.
+
+    Args:
+        capacity: Number of tokens that it has room for.
+
+    Attributes:
+        length: Number of tokens that it holds.
+        keys: (B, key heads, capacity, d), None before the first `append`.
+        values: Likewise.
+    """
+
+    def __init__(self, capacity: int):
+        _positive("capacity", capacity)
+        self.capacity, self.length = capacity, 0
+        self.keys: Tensor | None = None
+        self.values: Tensor | None = None
+
+    def append(self, keys: Tensor, values: Tensor) -> tuple[Tensor, Tensor]:
+        """Add those of the next T tokens, (B, key heads, T, d), and return all there are.
+
+        Raises:
+            ValueError: When there is no room for them.
+        """
+        start, end = self.length, self.length + keys.shape[2]
+        if end > self.capacity:
+            raise ValueError(
+                f"{end} tokens are more than the {self.capacity} that the cache has room for; "
+                "make it with a larger capacity"
+            )
+        if self.keys is None:
+            shape = (*keys.shape[:2], self.capacity, keys.shape[3])
+            self.keys, self.values = keys.new_empty(shape), values.new_empty(shape)
+        self.keys[:, :, start:end], self.values[:, :, start:end] = keys, values
+        self.length = end
+        return self.keys[:, :, :end], self.values[:, :, :end]
+
+
+@dataclass(frozen=True)
+class Span:
+    """Where the tokens of a forward pass stand: what all blocks need to know about them.
+
+    Attributes:
+        rotation: Cosines and sines of rotary positions, each (T, d) or (B, 1, T, d), or None.
+        visible: Which tokens each of them sees, (1 or B, 1, T, tokens so far) bool; None: those
+            before it and itself.
+        real: False for padding, (B, T) bool; None: no padding.
+    """
+
+    rotation: tuple[Tensor, Tensor] | None
+    visible: Tensor | None = None
+    real: Tensor | None = None
+
+
 class Attention(nn.Module):
     """Causal attention with rotary positions and, if asked for, grouped key and value heads."""
 
@@ -317,17 +434,23 @@ class Attention(nn.Module):
         self.value = nn.Linear(config.width, self.key_heads * self.per_head, bias=config.bias)
         self.output = nn.Linear(self.heads * self.per_head, config.width, bias=config.bias)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
-        """x: (B, T, width); rotation: cosines and sines, each (T, per_head)."""
+    def forward(self, x: Tensor, span: Span, cache: KeyValueCache | None = None) -> Tensor:
+        """x and the result: (B, T, width); with a cache they come after the tokens in it."""
         rows, length, _ = x.shape
 
         def split(y: Tensor, heads: int) -> Tensor:
             return y.view(rows, length, heads, self.per_head).transpose(1, 2)
 
-        q = rotate(split(self.query(x), self.heads), *rotation)
-        k = rotate(split(self.key(x), self.key_heads), *rotation)
+        q, k = split(self.query(x), self.heads), split(self.key(x), self.key_heads)
         v = split(self.value(x), self.key_heads)
-        y = attend(q, k, v)
+        if span.rotation is not None:
+            q, k = rotate(q, *span.rotation), rotate(k, *span.rotation)
+        if cache is not None:
+            k, v = cache.append(k, v)
+        if span.visible is None and k.shape[2] == length:
+            y = attend(q, k, v)
+        else:
+            y = attend_to(q, k, v, span.visible)
         return self.output(y.transpose(1, 2).reshape(rows, length, -1))
 
 
@@ -354,13 +477,36 @@ def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
     return (scores + later).softmax(-1).to(v.dtype) @ v
 
 
+def attend_to(q: Tensor, k: Tensor, v: Tensor, visible: Tensor | None = None) -> Tensor:
+    """Attention of the last tokens to all there are, or to those of them that are visible.
+
+    Args:
+        q: (B, heads, T, d).
+        k: (B, key heads, tokens, d).
+        v: (B, key heads, tokens, d).
+        visible: (1 or B, 1, T, tokens) bool; None: all.
+
+    Returns:
+        (B, heads, T, d).
+    """
+    rows, heads, length, width = q.shape
+    groups = heads // k.shape[1]
+    if length == 1:
+        # the query heads of a group are as good as queries of one head: keys are read in place
+        q = q.reshape(rows, -1, groups, width)
+    elif groups > 1:
+        k, v = k.repeat_interleave(groups, dim=1), v.repeat_interleave(groups, dim=1)
+    y = F.scaled_dot_product_attention(q, k, v, attn_mask=visible)
+    return y.reshape(rows, heads, length, width)
+
+
 def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     """Rotary position embedding (RoFormer, arXiv 2104.09864): turn feature i with feature i + d/2.
 
     Args:
         x: (..., T, d).
-        cosines: (T, d).
-        sines: (T, d).
+        cosines: (T, d), or what goes with x.
+        sines: Likewise.
     """
     half = x.shape[-1] // 2
     turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
@@ -372,24 +518,24 @@ class Block(nn.Module):
 
     def __init__(self, config: DecoderConfig, layer: int):
         super().__init__()
-        norm = _NORMS[config.norm]
-        kind = {"bias": config.bias} if config.norm == "layer" else {}
-        self.attention_norm = norm(config.width, eps=1e-5, **kind)
+        self.attention_norm = config.new_norm()
         self.attention = Attention(config)
-        self.ffn_norm = norm(config.width, eps=1e-5, **kind)
+        self.ffn_norm = config.new_norm()
         self.ffn = build_ffn(config, layer)
 
-    def forward(self, x: Tensor, rotation: tuple[Tensor, Tensor]) -> Tensor:
+    def forward(self, x: Tensor, span: Span, cache: KeyValueCache | None = None) -> Tensor:
         """x and the result: (B, T, width)."""
-        x = x + self.attention(self.attention_norm(x), rotation)
-        return x + self.ffn(self.ffn_norm(x))
+        x = x + self.attention(self.attention_norm(x), span, cache)
+        # padding takes no capacity of experts
+        masked = span.real is not None and isinstance(self.ffn, MoE)
+        return x + self.ffn(self.ffn_norm(x), *((span.real,) if masked else ()))
 
 
 class Decoder(nn.Module):
     """A language model (arXiv 2406.16450, section 4), with any feed-forward layer.
 
-    Chapters: ``book/foundations/02-mixture-of-experts`` and
-    ``book/foundations/03-structured-matrices``.
+    Chapters: ``book/foundations/02-mixture-of-experts``,
+    ``book/foundations/03-structured-matrices``; generation in ``book/structured-ffn/04-decoding``.
 
     >>> model = Decoder(DecoderConfig(width=32, layers=2, ffn="switch", experts=4))
     >>> model(torch.zeros(3, 10, dtype=torch.long)).shape
@@ -401,16 +547,18 @@ class Decoder(nn.Module):
         self.config = config
         self.embedding = nn.Embedding(config.vocabulary, config.width)
         self.blocks = nn.ModuleList(Block(config, layer) for layer in range(config.layers))
-        kind = {"bias": config.bias} if config.norm == "layer" else {}
-        self.norm = _NORMS[config.norm](config.width, eps=1e-5, **kind)
+        self.norm = config.new_norm()
         self.head = nn.Linear(config.width, config.vocabulary, bias=False)
-        wavelengths = config.rope_base ** (
-            torch.arange(0, config.per_head, 2).float() / config.per_head
-        )
-        angles = torch.arange(config.context).float()[:, None] / wavelengths
-        angles = torch.cat((angles, angles), dim=-1)
-        self.register_buffer("cosines", angles.cos(), persistent=False)
-        self.register_buffer("sines", angles.sin(), persistent=False)
+        if config.positions == "learned":
+            self.positions = nn.Embedding(config.context, config.width)
+        else:
+            wavelengths = config.rope_base ** (
+                torch.arange(0, config.per_head, 2).float() / config.per_head
+            )
+            angles = torch.arange(config.context).float()[:, None] / wavelengths
+            angles = torch.cat((angles, angles), dim=-1)
+            self.register_buffer("cosines", angles.cos(), persistent=False)
+            self.register_buffer("sines", angles.sin(), persistent=False)
         self.apply(self._initialise)
         if config.tied:
             self.head.weight = self.embedding.weight
@@ -428,12 +576,21 @@ class Decoder(nn.Module):
                 if bias is not None:
                     nn.init.zeros_(bias)
 
-    def forward(self, tokens: Tensor, targets: Tensor | None = None) -> Tensor:
+    def forward(
+        self,
+        tokens: Tensor,
+        targets: Tensor | None = None,
+        *,
+        padding: Tensor | None = None,
+        cache: Sequence[KeyValueCache] | None = None,
+    ) -> Tensor:
         """Scores of the next token, or the loss of predicting it.
 
         Args:
             tokens: (B, T) int64, T at most the context.
             targets: (B, T) int64, the token after each; -100 for none.
+            padding: As `states` takes it.
+            cache: As `states` takes it.
 
         Returns:
             Logits (B, T, vocabulary); with targets the mean cross-entropy, a scalar in nats.
@@ -441,62 +598,137 @@ class Decoder(nn.Module):
         Raises:
             ValueError: When the sequence is longer than the context.
         """
-        length = tokens.shape[-1]
-        if length > self.config.context:
-            raise ValueError(
-                f"{length} tokens are more than the context of {self.config.context}: "
-                "cut the sequence, or build the model with a longer context"
-            )
-        rotation = self.cosines[:length], self.sines[:length]
-        x = self.embedding(tokens)
-        for block in self.blocks:
-            x = block(x, rotation)
-        logits = self.head(self.norm(x))
+        logits = self.head(self.states(tokens, padding=padding, cache=cache))
         if targets is None:
             return logits
         return F.cross_entropy(logits.float().flatten(0, -2), targets.flatten())
 
-    @torch.no_grad()
-    def generate(
+    def states(
         self,
         tokens: Tensor,
-        length: int,
         *,
-        temperature: float = 1.0,
-        top_k: int | None = None,
-        generator: torch.Generator | None = None,
+        padding: Tensor | None = None,
+        cache: Sequence[KeyValueCache] | None = None,
     ) -> Tensor:
-        """Continue sequences, one token after the other, each from a whole forward pass.
+        """What the logits are made from, by ``model.head``.
 
         Args:
-            tokens: (B, T) int64, T at least 1; beyond the context only its end is seen.
-            length: How many tokens to add.
-            temperature: Divides the logits; 0 takes the most probable token.
-            top_k: Draw among this many most probable tokens; None: among all.
-            generator: Source of the draws.
+            tokens: (B, T) int64; with a cache those that follow the tokens in it.
+            padding: (B,) int64, how many tokens at the left of each row (of the cache's, if there
+                is one) are padding: no other token sees them, and the first real one has position
+                0. None: none.
+            cache: One for each block, which gets the new tokens' keys and values.
 
         Returns:
-            (B, T + length) int64.
+            (B, T, width); of padding without meaning.
 
         Raises:
-            ValueError: When `tokens` is empty or `temperature` negative.
+            ValueError: When the tokens, those in the cache included, are more than the context.
         """
-        if tokens.dim() != 2 or tokens.shape[1] == 0:
-            raise ValueError(f"tokens have shape {tuple(tokens.shape)}; give (B, T) with T >= 1")
-        if temperature < 0:
-            raise ValueError(f"temperature is {temperature}; give 0 (greedy) or more")
-        training = self.training
-        self.eval()
-        for _ in range(length):
-            logits = self(tokens[:, -self.config.context :])[:, -1].float()
-            if temperature == 0:
-                chosen = logits.argmax(-1, keepdim=True)
-            else:
-                if top_k is not None:
-                    least = logits.topk(min(top_k, logits.shape[-1])).values[:, -1:]
-                    logits = logits.masked_fill(logits < least, -torch.inf)
-                probabilities = (logits / temperature).softmax(-1)
-                chosen = torch.multinomial(probabilities, 1, generator=generator)
-            tokens = torch.cat((tokens, chosen), dim=1)
-        self.train(training)
-        return tokens
+        length = tokens.shape[-1]
+        start = cache[0].length if cache else 0
+        end = start + length
+        if end > self.config.context:
+            raise ValueError(
+                f"{end} tokens are more than the context of {self.config.context}: "
+                "cut the sequence, or build the model with a longer context"
+            )
+        place, visible, real = slice(start, end), None, None
+        if padding is not None or (start and length > 1):
+            slots = torch.arange(end, device=tokens.device)
+            new = slots[start:, None]
+            visible = slots <= new
+            if padding is not None:
+                place = slots[start:] - padding[:, None]
+                real = place >= 0 if length > 1 else None
+                place = place.clamp(min=0)
+                # padding sees itself: a softmax over nothing would be NaN, and spread
+                visible = visible & (slots >= padding[:, None, None]) | (slots == new)
+            visible = visible.view(-1, 1, length, end)
+        x, rotation = self.embedding(tokens), None
+        if self.config.positions == "learned":
+            x = x + self.positions.weight[place]
+        else:
+            rotation = self.cosines[place], self.sines[place]
+            if padding is not None:  # one for each row, the same for its heads
+                rotation = tuple(table.unsqueeze(1) for table in rotation)
+        span = Span(rotation, visible, real)
+        for block, memory in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
+            x = block(x, span, memory)
+        return self.norm(x)
+
+
+_GPT2_ACTIVATIONS = {
+    "gelu_new": "gelu_tanh",
+    "gelu_pytorch_tanh": "gelu_tanh",
+    "gelu": "gelu",
+    "silu": "silu",
+}
+
+
+@torch.no_grad()
+def from_gpt2(model: "GPT2LMHeadModel") -> Decoder:
+    """The same model as a GPT-2 of transformers, with copies of its weights; dropout is left out.
+
+    Args:
+        model: A ``GPT2LMHeadModel``.
+
+    Returns:
+        The decoder, with learned positions, in the type, on the device and in the mode of `model`.
+
+    Raises:
+        ValueError: When the model has something that the decoder does not: another activation,
+            scaling of attention by layer, or cross-attention.
+    """
+    theirs = model.config
+    if theirs.activation_function not in _GPT2_ACTIVATIONS:
+        raise ValueError(
+            f"activation_function is {theirs.activation_function!r}; "
+            f"the decoder has {', '.join(_GPT2_ACTIVATIONS)}"
+        )
+    expected = {
+        "scale_attn_weights": True,
+        "scale_attn_by_inverse_layer_idx": False,
+        "add_cross_attention": False,
+    }
+    for name, value in expected.items():
+        if getattr(theirs, name) != value:
+            raise ValueError(f"{name} is {not value}; the decoder's attention has {value}")
+    body, embedding = model.transformer, model.transformer.wte.weight
+    ours = Decoder(
+        DecoderConfig(
+            vocabulary=embedding.shape[0],
+            width=theirs.n_embd,
+            layers=theirs.n_layer,
+            heads=theirs.n_head,
+            hidden=theirs.n_inner,
+            context=theirs.n_positions,
+            activation=_GPT2_ACTIVATIONS[theirs.activation_function],
+            tied=model.lm_head.weight is embedding,
+            positions="learned",
+            eps=theirs.layer_norm_epsilon,
+        )
+    ).to(embedding)
+
+    def copy(to: nn.Module, weight: Tensor, bias: Tensor) -> None:
+        to.weight.copy_(weight)
+        to.bias.copy_(bias)
+
+    ours.embedding.weight.copy_(embedding)
+    ours.head.weight.copy_(model.lm_head.weight)
+    ours.positions.weight.copy_(body.wpe.weight)
+    copy(ours.norm, body.ln_f.weight, body.ln_f.bias)
+    for mine, block in zip(ours.blocks, body.h, strict=True):
+        copy(mine.attention_norm, block.ln_1.weight, block.ln_1.bias)
+        copy(mine.ffn_norm, block.ln_2.weight, block.ln_2.bias)
+        # their linear maps are transposed, and query, key and value stand side by side
+        joined, attention = block.attn.c_attn, mine.attention
+        parts = zip(joined.weight.t().chunk(3), joined.bias.chunk(3), strict=True)
+        for to, (weight, bias) in zip(
+            (attention.query, attention.key, attention.value), parts, strict=True
+        ):
+            copy(to, weight, bias)
+        copy(attention.output, block.attn.c_proj.weight.t(), block.attn.c_proj.bias)
+        copy(mine.ffn.up, block.mlp.c_fc.weight.t(), block.mlp.c_fc.bias)
+        copy(mine.ffn.down, block.mlp.c_proj.weight.t(), block.mlp.c_proj.bias)
+    return ours.train(model.training)

@@ -1,0 +1,221 @@
+"""Generation against a loop without a cache, and the choice of tokens against its definition."""
+
+import math
+
+import pytest
+import torch
+
+from feedforward.lm import decoding
+from feedforward.lm.decoding import generate, sample
+from feedforward.lm.model import Decoder, DecoderConfig
+
+# wide enough weights that greedy decoding does not say the same token for ever
+SMALL = {
+    "vocabulary": 61, "width": 32, "layers": 3, "heads": 4, "context": 24, "std": 0.4, "tied": False
+}  # fmt: skip
+KINDS = {
+    "dense": {},
+    "swiglu": {"gated": True, "activation": "silu", "norm": "rms", "bias": False, "hidden": 48},
+    "grouped": {"kv_heads": 2, "head_width": 4, "tied": True},
+    "learned": {"positions": "learned"},
+    "lowrank": {"ffn": "lowrank", "rank": 8},
+    "blockshuffle": {"ffn": "blockshuffle", "blocks": 4},
+    "blockdense": {"ffn": "blockdense", "rank": 16, "blocks": 4},
+    "wide": {"ffn": "lowrank", "rank": 16, "kv_heads": 1, "heads": 2, "head_width": 8},
+    "moe": {"ffn": "moe", "experts": 4, "k": 2},
+    "switch": {"ffn": "switch", "experts": 4},
+}
+every_kind = pytest.mark.parametrize("name", KINDS)
+SAMPLED = {"temperature": 0.8, "top_k": 40, "top_p": 0.95}
+
+
+def decoder(name: str = "dense", **changes) -> Decoder:
+    torch.manual_seed(0)
+    return Decoder(DecoderConfig(**SMALL | KINDS[name] | changes)).eval()
+
+
+def prompts(*lengths: int) -> list[torch.Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    return [torch.randint(0, 61, (length,), generator=generator) for length in lengths]
+
+
+def seeded(seed: int = 0) -> torch.Generator:
+    return torch.Generator().manual_seed(seed)
+
+
+@torch.no_grad()
+def token_by_token(model: Decoder, prompt: torch.Tensor, length: int, **options) -> torch.Tensor:
+    """The plainest way: one row, the whole sequence through the model for each token."""
+    row = prompt[None]
+    for _ in range(length):
+        row = torch.cat((row, sample(model(row)[:, -1], **options)[None]), dim=1)
+    return row[0]
+
+
+@every_kind
+@pytest.mark.parametrize("options", [{"temperature": 0}, SAMPLED], ids=["greedy", "sampled"])
+def test_with_and_without_the_cache_the_tokens_are_the_same(name, options):
+    model, rows = decoder(name), prompts(5, 1, 9, 5)
+    for given in (rows, torch.stack(prompts(6, 6, 6))):
+        with_cache = generate(model, given, 12, **options, generator=seeded())
+        without = generate(model, given, 12, **options, generator=seeded(), cache=False)
+        for ours, theirs in zip(with_cache, without, strict=True):
+            assert torch.equal(ours, theirs)
+    # and those of each row alone, without padding
+    each = generate(model, rows, 12, **options, generator=list(map(seeded, range(4))))
+    for seed, (prompt, row) in enumerate(zip(rows, each, strict=True)):
+        alone = token_by_token(model, prompt, 12, **options, generator=seeded(seed))
+        assert torch.equal(row, alone)
+    assert len({tuple(row[-12:].tolist()) for row in each}) > 1
+
+
+def test_a_step_computes_the_new_token_alone(monkeypatch):
+    model, seen = decoder(), []
+    states = model.states
+    monkeypatch.setattr(
+        model, "states", lambda new, **how: (seen.append(new.shape), states(new, **how))[1]
+    )
+    generate(model, prompts(4, 7), 4)
+    assert seen == [(2, 7), (2, 1), (2, 1), (2, 1)]
+    seen.clear()
+    generate(model, prompts(4, 7), 2, cache=False)
+    assert seen == [(2, 7), (2, 8)]
+
+
+def test_a_generator_decides_the_draws():
+    model, rows = decoder(), torch.stack(prompts(4, 4, 4))
+    first, again, other = (generate(model, rows, 12, generator=seeded(s)) for s in (0, 0, 1))
+    assert torch.equal(first, again)
+    assert not torch.equal(first, other)
+    torch.manual_seed(3)
+    first = generate(model, rows, 12)
+    torch.manual_seed(3)
+    assert torch.equal(first, generate(model, rows, 12))
+    same = generate(model, rows[:1].repeat(2, 1), 12, generator=[seeded(5), seeded(5)])
+    assert torch.equal(same[0], same[1])
+
+
+def test_the_mode_of_the_model_is_kept_whatever_happens(monkeypatch):
+    model = decoder("switch", jitter=0.9).train()
+    rows = prompts(4, 6)
+    greedy = generate(model, rows, 8, temperature=0)
+    assert model.training
+    model.eval()
+    for row, again in zip(greedy, generate(model, rows, 8, temperature=0), strict=True):
+        assert torch.equal(row, again)
+    assert not model.training
+    model.train()
+    monkeypatch.setattr(decoding, "sample", lambda *_, **__: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        generate(model, rows, 8)
+    assert model.training
+
+
+def test_a_row_ends_at_the_stop_token():
+    model, rows = decoder(), prompts(4, 2, 6)
+    free = generate(model, rows, 15, temperature=0)
+    added = [row[-15:].tolist() for row in free]
+    # the first row ends early, the others where they meet the token, if at all
+    stop = next(token for i, token in enumerate(added[0]) if i > 1 and token not in added[0][:i])
+    ends = [line.index(stop) + 1 if stop in line else 15 for line in added]
+    stopped = generate(model, rows, 15, temperature=0, stop=stop)
+    for prompt, row, whole, end in zip(rows, stopped, free, ends, strict=True):
+        assert torch.equal(row, whole[: len(prompt) + end])
+    # a tensor stays one: what comes after the end is filled up
+    square = torch.stack([rows[0], rows[0]])
+    square = generate(model, square, 15, temperature=0, stop=stop)
+    assert square.shape == (2, 4 + ends[0])
+    pair = torch.stack([rows[0], prompts(4, 2, 6, 4)[3]])
+    free, stopped = (generate(model, pair, 15, temperature=0, stop=s) for s in (None, stop))
+    assert torch.equal(stopped[0, : 4 + ends[0]], free[0, : 4 + ends[0]])
+    assert (stopped[0, 4 + ends[0] :] == stop).all()
+    # a stop token inside a prompt ends nothing
+    model = decoder()
+    rows = [torch.tensor([stop, stop, 3]), torch.tensor([5])]
+    free, stopped = (generate(model, rows, 1, temperature=0, stop=s) for s in (None, stop))
+    assert [row.tolist() for row in free] == [row.tolist() for row in stopped]
+
+
+def test_prompts_may_be_lists_and_nothing_may_be_added():
+    model = decoder()
+    as_lists = generate(model, [[1, 2, 3], [4]], 3, temperature=0)
+    as_tensors = generate(model, [torch.tensor([1, 2, 3]), torch.tensor([4])], 3, temperature=0)
+    assert [row.tolist() for row in as_lists] == [row.tolist() for row in as_tensors]
+    tokens = torch.stack(prompts(3, 3))
+    assert torch.equal(generate(model, tokens, 0), tokens)
+    assert torch.equal(generate(model, tokens.int(), 2)[:, :3], tokens)
+    full = generate(model, tokens, 21)  # up to the end of the context
+    assert full.shape == (2, 24)
+
+
+def test_autocast_keeps_the_cache_in_its_type():
+    model, tokens = decoder("grouped"), torch.stack(prompts(4, 4))
+    with torch.autocast("cpu", torch.bfloat16):
+        pair = [generate(model, tokens, 6, temperature=0, cache=cache) for cache in (True, False)]
+    assert pair[0].shape == pair[1].shape == (2, 10)
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"tokens": torch.zeros(2, 0, dtype=torch.long)}, r"\(2, 0\).*T >= 1"),
+        ({"tokens": torch.zeros(3, dtype=torch.long)}, r"\(3,\).*give \(B, T\)"),
+        ({"tokens": []}, "one or more"),
+        ({"tokens": [[1, 2], []]}, r"\(0,\).*T >= 1"),
+        ({"tokens": [[1, 61]]}, "from 0 to 60; .* to 61"),
+        ({"tokens": [[-1, 6]]}, "from -1 to 6"),
+        ({"tokens": [[1.5]]}, "float32"),
+        ({"length": -1}, "length is -1"),
+        ({"length": 22}, "3 tokens and 22 new ones .* context of 24: add at most 21"),
+        ({"temperature": -1}, "temperature is -1"),
+        ({"temperature": math.inf}, "temperature is inf"),
+        ({"temperature": math.nan}, "temperature is nan"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 1.5}, "top_p is 1.5"),
+        ({"stop": 61}, "stop is 61"),
+        ({"generator": [torch.Generator()]}, "1 generators for 2 rows"),
+    ],
+)
+def test_what_cannot_be_generated_is_refused(changes, says):
+    arguments = {"tokens": [[1, 2, 3], [4]], "length": 2} | changes
+    with pytest.raises(ValueError, match=says):
+        generate(decoder(), **arguments)
+
+
+# the choice of a token
+
+
+def frequencies(logits: torch.Tensor, **options) -> torch.Tensor:
+    draws = sample(logits.expand(40_000, -1), **options, generator=seeded())
+    return draws.bincount(minlength=logits.shape[-1]) / len(draws)
+
+
+def test_tokens_are_drawn_with_their_probabilities():
+    probabilities = torch.tensor([0.4, 0.3, 0.2, 0.1])
+    logits = probabilities.log() + 5.0
+    assert sample(logits[None], temperature=0).tolist() == [0]
+    close = {"atol": 0.01, "rtol": 0}
+    torch.testing.assert_close(frequencies(logits), probabilities, **close)
+    sharper = probabilities.square() / probabilities.square().sum()
+    torch.testing.assert_close(frequencies(logits, temperature=0.5), sharper, **close)
+    of_two = torch.tensor([4, 3, 0, 0]) / 7
+    torch.testing.assert_close(frequencies(logits, top_k=2), of_two, **close)
+    # the fewest tokens that reach the probability: 0.4 + 0.3 for 0.65, and all four for 0.91
+    torch.testing.assert_close(frequencies(logits, top_p=0.65), of_two, **close)
+    torch.testing.assert_close(frequencies(logits, top_p=0.91), probabilities, **close)
+    assert frequencies(logits, top_p=1e-6)[0] == 1
+    # of three tokens, 4/9 and 3/9 reach 0.7
+    torch.testing.assert_close(frequencies(logits, top_k=3, top_p=0.7), of_two, **close)
+    assert frequencies(logits, temperature=1e-30)[0] == 1
+    torch.testing.assert_close(frequencies(logits, top_k=9), probabilities, **close)
+
+
+def test_rows_are_drawn_apart():
+    logits = torch.tensor([[0.0, 50.0, 0.0], [50.0, 0.0, 0.0]])
+    assert sample(logits).tolist() == [1, 0]
+    flat = torch.zeros(64, 61)
+    drawn = sample(flat, generator=[seeded(seed) for seed in range(64)])
+    assert len(drawn.unique()) > 20
+    alone = [sample(flat[:1], generator=[seeded(seed)]).item() for seed in range(64)]
+    assert drawn.tolist() == alone
