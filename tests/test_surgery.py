@@ -22,6 +22,7 @@ from feedforward import (
     TopKRouter,
     collect_routing,
     count,
+    premerge,
     replace_ffn,
     upcycle,
 )
@@ -1080,3 +1081,86 @@ class TestDamage:
         with pytest.raises(ValueError, match="is a file"):
             save(distilbert(), tmp_path / "thesis.txt")
         assert (tmp_path / "thesis.txt").read_text() == "precious"
+
+
+# pre-merge
+
+
+def structured_block(**options) -> nn.Sequential:
+    torch.manual_seed(0)
+    maps = LowRank(12, 24, rank=4, **options), BlockShuffle(24, 12, blocks=3, **options)
+    more = BlockDense(12, 24, rank=6, blocks=3, **options), LowRank(24, 12, rank=4, **options)
+    return nn.Sequential(nn.Sequential(*maps), nn.Sequential(*more), nn.Linear(12, 3)).eval()
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"), [(torch.float32, 1e-5), (torch.float64, 1e-10)], ids=str
+)
+def test_premerge_wraps_every_structured_layer_and_computes_the_same(dtype, tolerance):
+    plain = structured_block(dtype=dtype)
+    plain[2].to(dtype)
+    merged = premerge(copy.deepcopy(plain), threshold=4)
+    kinds = [type(layer) for part in merged[:2] for layer in part]
+    assert kinds == [PreMerged] * 4
+    assert type(merged[2]) is nn.Linear
+    with torch.no_grad():
+        for tokens in (1, 4, 5):
+            x = torch.randn(tokens, 12, dtype=dtype)
+            torch.testing.assert_close(merged(x), plain(x), rtol=tolerance, atol=tolerance)
+    assert all(layer.threshold == 4 for part in merged[:2] for layer in part)
+    # nothing is left to do
+    with pytest.raises(ValueError, match="no structured layer that is not merged"):
+        premerge(merged)
+
+
+def test_premerge_measures_each_shape_once_and_leaves_what_never_wins(monkeypatch):
+    model = nn.ModuleList([structured_block(), structured_block()])
+    model.append(model[0][0])  # a shared part
+    measured = []
+
+    def measure(layers):
+        measured.append((type(layers[0]).__name__, layers[0].in_features, len(layers)))
+        return 0 if isinstance(layers[0], BlockShuffle) else layers[0].in_features
+
+    monkeypatch.setattr("feedforward.surgery.measure_threshold", measure)
+    assert premerge(model) is model
+    assert sorted(measured) == [
+        ("BlockDense", 12, 2),
+        ("BlockShuffle", 24, 2),
+        ("LowRank", 12, 2),
+        ("LowRank", 24, 2),
+    ]
+    for block in model[:2]:
+        assert [getattr(layer, "threshold", None) for part in block[:2] for layer in part] == [
+            12, None, 12, 24,
+        ]  # fmt: skip
+    assert model[2][0] is model[0][0][0]
+    monkeypatch.undo()
+    assert type(premerge(LowRank(6, 8, rank=2), threshold=1)) is PreMerged
+    layer = LowRank(6, 8, rank=2)
+    assert premerge(layer, threshold=0) is layer
+
+
+def test_premerge_refuses_what_it_cannot_merge():
+    for model, says in (
+        (nn.Linear(3, 4), "Linear has no structured layer"),
+        (nn.Sequential(SelfGuided(LowRank(6, 8, rank=2), steps=3)), "release"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            premerge(model)
+    layer = nn.Sequential(LowRank(6, 8, rank=2))
+    with pytest.raises(ValueError, match="threshold is -1"):
+        premerge(layer, threshold=-1)
+    assert type(layer[0]) is LowRank
+
+
+def test_a_premerged_model_is_saved_with_its_thresholds(tmp_path):
+    model = replace_ffn(distilbert(), structured(LowRank, parameters=0.5))
+    premerge(model.eval(), threshold=3)
+    save(model, tmp_path / "model")
+    again = load(tmp_path / "model")
+    layers = [m for m in again.modules() if isinstance(m, PreMerged)]
+    assert [layer.threshold for layer in layers] == [3] * 6
+    tokens = torch.randint(3, 60, (1, 5), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(again(tokens)[0], model(tokens)[0])

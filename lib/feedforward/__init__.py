@@ -26,6 +26,7 @@ _HOME = {
     "count": "layers.cost",
     "replace_ffn": "surgery",
     "upcycle": "surgery",
+    "premerge": "surgery",
 }
 
 __all__ = sorted(_HOME)

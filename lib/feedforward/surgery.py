@@ -10,7 +10,7 @@ from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, NamedTuple, TypeVar
+from typing import TYPE_CHECKING, Literal, NamedTuple, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -24,6 +24,7 @@ from feedforward.layers.structured import (
     LowRank,
     PreMerged,
     StructuredLinear,
+    measure_threshold,
 )
 
 if TYPE_CHECKING:
@@ -566,6 +567,75 @@ def upcycle(
         described |= {"noise": noise, "preserve": preserve}
         _record(model, {"operation": "upcycle", "layers": [ffn.index], **described})
     return model
+
+
+def premerge(model: nn.Module, *, threshold: int | Literal["measure"] = "measure") -> nn.Module:
+    """Put a ``PreMerged`` around every structured layer of a model, for generation with it.
+
+    A step of decoding then multiplies by the dense weight, and the many tokens of a prompt go
+    through the structured one: the number of tokens in flight decides. Where the dense weight never
+    wins, the layer stays as it is, and costs no memory. Load weights before. Explained in
+    ``book/structured-ffn/04-decoding``.
+
+    Args:
+        model: the model, changed in place. It may be a structured layer itself.
+        threshold: as ``PreMerged`` takes it; ``"measure"`` measures the layers of each shape
+            together, on the device that they are on.
+
+    Returns:
+        The model; with a threshold the wrapped layer, if `model` was a structured layer itself.
+
+    Raises:
+        ValueError: a threshold that is neither a whole number from 0 nor ``"measure"``, no
+            structured layer, or one with a guide.
+
+    >>> block = nn.Sequential(LowRank(16, 64, rank=4), nn.GELU(), LowRank(64, 16, rank=4))
+    >>> premerge(block.eval(), threshold=16)[0]
+    PreMerged(
+      threshold=16
+      (layer): LowRank(in_features=16, out_features=64, rank=4, bias=True, init='spectral')
+    )
+    """
+    if any(isinstance(module, SelfGuided) for module in model.modules()):
+        raise ValueError(
+            f"{type(model).__name__} has guided layers; drop the guides first with "
+            "feedforward.layers.guided.release"
+        )
+    places = [
+        _Place(parent, name)
+        for parent in model.modules()
+        if not isinstance(parent, PreMerged)
+        for name, child in parent._modules.items()
+        if isinstance(child, StructuredLinear)
+    ]
+    layers = [getattr(place.owner, place.name) for place in places]
+    if isinstance(model, StructuredLinear):
+        layers.append(model)
+    if not layers:
+        raise ValueError(
+            f"{type(model).__name__} has no structured layer that is not merged already; put some "
+            "in with feedforward.replace_ffn"
+        )
+    shapes: dict[tuple, list[StructuredLinear]] = {}
+    for layer in dict.fromkeys(layers):  # a shared one counts once
+        shapes.setdefault(_shape(layer), []).append(layer)
+    wrapped: dict[StructuredLinear, nn.Module] = {}
+    for alike in shapes.values():
+        tokens = measure_threshold(alike) if threshold == "measure" else threshold
+        for layer in alike:
+            wrapped[layer] = PreMerged(layer, threshold=tokens) if tokens != 0 else layer
+    for place, layer in zip(places, layers, strict=False):
+        setattr(place.owner, place.name, wrapped[layer])
+    return wrapped.get(model, model)
+
+
+def _shape(layer: StructuredLinear) -> tuple:
+    """What decides how long a structured layer takes."""
+    weights = (layer.v, layer.u)
+    return (
+        type(layer), layer.in_features, layer.out_features, layer.bias is None,
+        *((weight.shape, weight.dtype, weight.device) for weight in weights),
+    )  # fmt: skip
 
 
 def _choose(model: nn.Module, layers: Iterable[int] | None) -> list[FeedForward]:

@@ -2,6 +2,7 @@
 
 import copy
 import math
+import time
 from types import SimpleNamespace
 
 import pytest
@@ -10,7 +11,7 @@ import torch.nn.functional as F
 from torch import nn
 
 from feedforward import BlockDense, BlockShuffle, LowRank, PreMerged
-from feedforward.layers.structured import INITS
+from feedforward.layers.structured import INITS, measure_threshold
 
 # odd and rectangular on purpose: up, down and square, B dividing m/B and not, one block, full rank
 CASES = {
@@ -614,32 +615,65 @@ def test_premerged_refuses_another_layer():
         PreMerged(LowRank(6, 8, rank=2, device="meta"), threshold="measure")
 
 
-@pytest.mark.parametrize(("crossing", "found"), [(0, 0), (1, 1), (5, 4), (10**6, 1024)])
-def test_premerged_measures_the_crossing(crossing, found, monkeypatch):
-    """With a clock that makes the dense weight win up to `crossing` tokens."""
+def clocked(monkeypatch, dense, structured):
+    """Gives the two ways these times, as functions of the tokens, on a clock of our own."""
     now = [0.0]
-    clock = SimpleNamespace(perf_counter=lambda: now[0])
-    monkeypatch.setattr("feedforward.layers.structured.time", clock)
+    clock = SimpleNamespace(**dict.fromkeys(("perf_counter", "process_time"), lambda: now[0]))
+    clock.monotonic = time.monotonic
+    monkeypatch.setattr("feedforward.timing.time", clock)
     linear, multiply = F.linear, LowRank._multiply
 
     def slow_linear(x, weight, bias=None):
         if weight.shape == (8, 6):
-            now[0] += x.shape[0]
+            now[0] += dense(x.shape[0])
         return linear(x, weight, bias)
 
     def slow_multiply(self, x):
-        now[0] += crossing + 0.5
+        now[0] += structured(x.shape[0])
         return multiply(self, x)
 
     monkeypatch.setattr("feedforward.layers.structured.F.linear", slow_linear)
     monkeypatch.setattr(LowRank, "_multiply", slow_multiply)
+
+
+@pytest.mark.parametrize("found", [0, 1, 2, 5, 23, 1024])
+def test_premerged_measures_the_crossing(found, monkeypatch):
+    """With a clock that makes the dense weight win up to that many tokens."""
+    crossing = 10**6 if found == 1024 else found + 0.5
+    clocked(monkeypatch, lambda tokens: tokens, lambda tokens: crossing)
     merged = PreMerged(LowRank(6, 8, rank=2), threshold="measure")
     assert merged.threshold == found
     assert f"threshold={found}" in repr(merged)
+    assert merged.measure(largest=16, rounds=3) == min(found, 16)
+    assert measure_threshold([merged.layer] * 3, rounds=3) == found
+
+
+@pytest.mark.parametrize(
+    ("dense", "found"),
+    [
+        ({1: 0.9, 2: 1.04, 4: 0.5}, 4),  # loses a little with 2 tokens and wins much with 4
+        ({1: 1.5, 2: 1.04, 4: 0.9}, 0),  # wins less with 4 tokens than it loses with 1
+        ({1: 1.2, 2: 1.2, 4: 0.1}, 0),  # lost twice in a row: nobody looks further
+    ],
+)
+def test_where_no_threshold_is_right_it_costs_as_little_as_it_can(dense, found, monkeypatch):
+    clocked(monkeypatch, lambda tokens: dense.get(tokens, 1.5), lambda tokens: 1.0)
+    assert measure_threshold([LowRank(6, 8, rank=2)], rounds=3) == found
+
+
+def test_a_threshold_is_of_layers_that_can_be_timed():
+    for layers, says in (
+        ([], "0 layers"),
+        ([LowRank(6, 8, rank=2), nn.Linear(6, 8)], "is a Linear"),
+        ([LowRank(6, 8, rank=2, device="meta")], "meta"),
+    ):
+        with pytest.raises(ValueError, match=says):
+            measure_threshold(layers)
+    with pytest.raises(ValueError, match="largest = 0"):
+        measure_threshold([LowRank(6, 8, rank=2)], largest=0)
 
 
 def test_premerged_measures_with_a_real_clock():
     merged = PreMerged(BlockDense(8, 16, rank=4, blocks=2), threshold="measure")
-    powers = {0} | {2**i for i in range(11)}
-    assert merged.threshold in powers
-    assert merged.measure(largest=2, repeats=3) in {0, 1, 2}
+    assert 0 <= merged.threshold <= 1024
+    assert merged.measure(largest=2, rounds=3) in {0, 1, 2}

@@ -2,13 +2,14 @@
 
 import math
 import statistics
-import time
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from typing import Literal, Self
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from feedforward.timing import interleaved
 
 Init = Literal["spectral", "orthonormal", "gaussian"]
 
@@ -520,13 +521,13 @@ class PreMerged(nn.Module):
     There is nothing between V and U but a shuffle, so that W = UV can be kept as well: in eval
     mode an input of up to `threshold` tokens is multiplied by W, a larger one by V and U. It costs
     the memory of both. Source: arXiv 2406.16450, section 3.3 (pre-merge). Explained in
-    ``book/foundations/03-structured-matrices``.
+    ``book/foundations/03-structured-matrices`` and ``book/structured-ffn/04-decoding``.
 
     W is the buffer `merged` (M, N). It is in no checkpoint, and None in training mode, which always
     uses V and U. It is made by ``eval()``, and anew when the weights were loaded or changed in
     place in eval mode (a compiled module sees only the loading; call `merge` there). Where
     gradients of V and U are wanted (``requires_grad``, outside of ``torch.no_grad()``) V and U are
-    used whatever the number of tokens.
+    used whatever the number of tokens. ``feedforward.surgery.premerge`` does it to a whole model.
 
     Args:
         layer: a `LowRank`, `BlockShuffle` or `BlockDense`; it is kept as ``.layer``, and its keys
@@ -570,18 +571,20 @@ class PreMerged(nn.Module):
         Raises:
             ValueError: If the last dimension of `x` is not `in_features`.
         """
-        layer = self.layer
-        wants_gradients = torch.is_grad_enabled() and (
-            layer.v.requires_grad or layer.u.requires_grad
-        )
+        # a step of decoding on a GPU is over in microseconds: what a module keeps is read from its
+        # dicts, which takes a tenth of the time that its attributes do
+        layer = self._modules["layer"]
         few = x.numel() <= self.threshold * self.in_features
         # a wrong width is the structured layer's to report
         fits = x.dim() > 0 and x.shape[-1] == self.in_features
+        wants_gradients = torch.is_grad_enabled() and (
+            layer.v.requires_grad or layer.u.requires_grad
+        )
         if self.training or wants_gradients or not few or not fits:
             return layer(x)
         if self._is_stale():
             self.merge()
-        return F.linear(x, self.merged, layer.bias)
+        return F.linear(x, self._buffers["merged"], layer._parameters["bias"])
 
     @torch.no_grad()
     def merge(self) -> None:
@@ -599,64 +602,106 @@ class PreMerged(nn.Module):
             self.merge()
         return self
 
-    @torch.no_grad()
-    def measure(self, *, largest: int = 1024, repeats: int = 11) -> int:
+    def measure(self, *, largest: int = 1024, rounds: int = 11) -> int:
         """Up to how many tokens the dense weight is the faster one on this device now.
 
-        Times both ways turn and turn about for 1, 2, 4, ... tokens and compares medians. Call
-        ``layer.threshold = layer.measure()`` after the layer has moved to another device.
+        Call ``layer.threshold = layer.measure()`` after the layer has moved to another device. Of
+        the layers of a model ``feedforward.surgery.premerge`` measures those of one shape together.
 
         Args:
             largest: the largest number of tokens to try.
-            repeats: how often each way is timed for each number of tokens.
+            rounds: how often each way is timed for each number of tokens.
 
         Returns:
-            The largest of these numbers up to which W won every time; 0 where it never did.
+            As `measure_threshold`.
 
         Raises:
             ValueError: If the layer is on the meta device, which computes nothing.
         """
-        layer = self.layer
-        device = layer.v.device
-        if device.type == "meta":
-            raise ValueError("a layer on the meta device cannot be timed; move it to a real one")
-        weight = layer.dense_weight()
-
-        def seconds(way, x: Tensor) -> float:
-            start = time.perf_counter()
-            way(x)
-            if device.type != "cpu":
-                torch.accelerator.synchronize(device)
-            return time.perf_counter() - start
-
-        ways = (lambda x: F.linear(x, weight, layer.bias)), layer
-        threshold, tokens = 0, 1
-        while tokens <= largest:
-            x = torch.randn(tokens, self.in_features, device=device).to(layer.v.dtype)
-            for way in ways:  # the first call pays for start-up
-                seconds(way, x)
-            times = [[seconds(way, x) for way in ways] for _ in range(repeats)]
-            merged, structured = (statistics.median(column) for column in zip(*times, strict=True))
-            if merged > structured:
-                break
-            threshold, tokens = tokens, 2 * tokens
-        return threshold
+        return measure_threshold([self.layer], largest=largest, rounds=rounds)
 
     def extra_repr(self) -> str:
         """The threshold in tokens."""
         return f"threshold={self.threshold}"
 
     def _is_stale(self) -> bool:
+        if self._buffers["merged"] is None:
+            return True
         # a compiled graph cannot ask for versions
-        outdated = not torch.compiler.is_compiling() and self._merged_from != self._versions()
-        return self.merged is None or outdated
+        return not torch.compiler.is_compiling() and self._merged_from != self._versions()
 
-    def _versions(self) -> tuple[tuple[int, int], ...]:
-        """Changes whenever V or U does; inference tensors do not count changes in place."""
-        return tuple(
-            (weight.data_ptr(), 0 if weight.is_inference() else weight._version)
-            for weight in (self.layer.v, self.layer.u)
-        )
+    def _versions(self) -> tuple[tuple[int, int], tuple[int, int]]:
+        """Changes whenever V or U does."""
+        weights = self._modules["layer"]._parameters
+        return _version(weights["v"]), _version(weights["u"])
+
+
+@torch.no_grad()
+def measure_threshold(
+    layers: Sequence[StructuredLinear], *, largest: int = 1024, rounds: int = 11
+) -> int:
+    """Up to how many tokens dense weights are faster than V and U on this device now.
+
+    Both ways are timed turn and turn about for 1, 2, 4, ... tokens until V and U have clearly won
+    twice in a row, and then between the last of these numbers that the dense weight won and the
+    next. Explained in ``book/structured-ffn/04-decoding``.
+
+    Args:
+        layers: layers of one shape, which run one after the other, as those of a model do: a single
+            one would find its weights in the processor's cache.
+        largest: the largest number of tokens to try.
+        rounds: how often each way is timed for each number of tokens.
+
+    Returns:
+        The threshold with which the slower way is taken least: where it is wrong for a number of
+        tokens that was timed, the worst loss is as small as can be. 0 never uses the dense weight.
+
+    Raises:
+        ValueError: If a layer is not structured, there is none, one is on the meta device, which
+            computes nothing, or `largest` or `rounds` are too small.
+    """
+    layers = list(layers)
+    if not layers or largest < 1:
+        raise ValueError(f"{len(layers)} layers and largest = {largest}; give at least 1 of each")
+    for layer in layers:
+        check_structured(layer)
+        if layer.v.is_meta:
+            raise ValueError("a layer on the meta device cannot be timed; move it to a real one")
+    dense = [(layer.dense_weight(), layer.bias) for layer in layers]
+    device, dtype = layers[0].v.device, layers[0].v.dtype
+
+    def ratio(tokens: int) -> float:
+        """The time of the dense weights over that of V and U."""
+        x = torch.randn(tokens, layers[0].in_features, device=device).to(dtype)
+
+        def merged() -> None:
+            for weight, bias in dense:
+                F.linear(x, weight, bias)
+
+        def structured() -> None:
+            for layer in layers:
+                layer(x)
+
+        runs = {"merged": merged, "structured": structured}
+        times = interleaved(runs, device=device, rounds=rounds, seconds=0.5, turn=0.002)
+        return statistics.median(times["merged"]) / statistics.median(times["structured"])
+
+    ratios: dict[int, float] = {}
+    tokens, lost = 1, 0
+    while tokens <= largest and lost < 2:
+        ratios[tokens] = ratio(tokens)
+        lost = lost + 1 if ratios[tokens] > 1.05 else 0
+        tokens *= 2
+
+    def worst(threshold: int) -> float:
+        return max(r if tokens <= threshold else 1 / r for tokens, r in ratios.items())
+
+    threshold = min((0, *ratios), key=worst)
+    beyond = 2 * threshold if 2 * threshold in ratios else threshold + 1
+    while beyond - threshold > 1:
+        middle = (threshold + beyond) // 2
+        threshold, beyond = (middle, beyond) if ratio(middle) <= 1 else (threshold, middle)
+    return threshold
 
 
 def check_structured(layer: nn.Module) -> None:
@@ -670,6 +715,11 @@ def check_structured(layer: nn.Module) -> None:
 def _merge_after_loading(module: PreMerged, incompatible_keys) -> None:
     if not module.training:
         module.merge()
+
+
+def _version(weight: Tensor) -> tuple[int, int]:
+    """Changes whenever the weight does; inference tensors do not count changes in place."""
+    return weight.data_ptr(), 0 if weight.is_inference() else weight._version
 
 
 def _by_blocks(x: Tensor, blocks: int) -> Tensor:
