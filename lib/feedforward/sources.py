@@ -8,6 +8,7 @@ import ast
 import hashlib
 import re
 from collections.abc import Iterator
+from functools import lru_cache
 from pathlib import Path
 
 _LIBRARY = Path(__file__).resolve().parent
@@ -44,7 +45,7 @@ def source_closure(*modules: str) -> set[str]:
         closure.add(module := waiting.pop())
         is_package = source_file(module).name == "__init__.py"
         package = module if is_package else module.rpartition(".")[0]
-        waiting |= _modules_of(_tree(module), package) - closure
+        waiting |= _modules_of(_parsed(_text(module)), package) - closure
     return closure
 
 
@@ -71,7 +72,7 @@ def fingerprint(*modules: str) -> str:
     """
     digest = hashlib.sha256()
     for module in sorted(source_closure(*modules)):
-        digest.update(f"{module}\n{ast.dump(without_docstrings(_tree(module)))}\n".encode())
+        digest.update(f"{module}\n{_code(_text(module))}\n".encode())
     return digest.hexdigest()[:12]
 
 
@@ -89,8 +90,19 @@ def _is_module(name: str) -> bool:
         return False
 
 
-def _tree(module: str) -> ast.Module:
-    return ast.parse(source_file(module).read_text(encoding="utf-8"))
+def _text(module: str) -> str:
+    return source_file(module).read_text(encoding="utf-8")
+
+
+# kept by the text itself, so that a changed file is seen: a notebook asks for many runs
+@lru_cache(maxsize=256)
+def _parsed(text: str) -> ast.Module:
+    return ast.parse(text)
+
+
+@lru_cache(maxsize=256)
+def _code(text: str) -> str:
+    return ast.dump(without_docstrings(ast.parse(text)))
 
 
 def _with_parents(module: str) -> set[str]:
@@ -140,7 +152,7 @@ def _home_of(package: str, name: str) -> set[str]:
 
 
 def _lazy_table(package: str) -> dict[str, str]:
-    for node in _tree(package).body:
+    for node in _parsed(_text(package)).body:
         if isinstance(node, ast.Assign) and any(
             isinstance(target, ast.Name) and target.id == "_HOME" for target in node.targets
         ):
