@@ -1,12 +1,14 @@
 """Generation against a loop without a cache, and the choice of tokens against its definition."""
 
+import copy
 import math
 
 import pytest
 import torch
 
+from feedforward import BlockDense, BlockShuffle, LowRank, PreMerged, premerge
 from feedforward.lm import decoding
-from feedforward.lm.decoding import generate, sample
+from feedforward.lm.decoding import Throughput, compare_throughput, generate, max_throughput, sample
 from feedforward.lm.model import Decoder, DecoderConfig
 
 # wide enough weights that greedy decoding does not say the same token for ever
@@ -219,3 +221,159 @@ def test_rows_are_drawn_apart():
     assert len(drawn.unique()) > 20
     alone = [sample(flat[:1], generator=[seeded(seed)]).item() for seed in range(64)]
     assert drawn.tolist() == alone
+
+
+# pre-merged layers
+
+
+STRUCTURED = ("lowrank", "blockshuffle", "blockdense", "wide")
+
+
+def ways_taken(model: Decoder, monkeypatch) -> list[tuple[str, int]]:
+    """Fills with the way and the tokens of each product of a pre-merged layer."""
+    taken = []
+    for kind in (LowRank, BlockShuffle, BlockDense):
+        original = kind._multiply
+        monkeypatch.setattr(
+            kind,
+            "_multiply",
+            lambda self, x, original=original: (
+                taken.append(("structured", len(x))),
+                original(self, x),
+            )[1],
+        )
+    for module in model.modules():
+        if isinstance(module, PreMerged):
+            module.register_forward_pre_hook(
+                lambda module, args: taken.append(("called", args[0].shape[:-1].numel()))
+            )
+    return taken
+
+
+@pytest.mark.parametrize("name", STRUCTURED)
+def test_a_premerged_model_generates_the_same(name, monkeypatch):
+    model, rows = decoder(name), prompts(5, 1, 9)
+    merged = premerge(copy.deepcopy(model), threshold=3)
+    layers = [module for module in merged.modules() if isinstance(module, PreMerged)]
+    assert len(layers) == 4  # the first block is dense
+    for dtype, close in ((torch.float32, 1e-5), (torch.float64, 1e-10)):
+        one, two = (copy.deepcopy(each).to(dtype) for each in (model, merged))
+        with torch.no_grad():
+            for tokens in (torch.stack(prompts(1, 1)), torch.stack(prompts(8, 8))):
+                torch.testing.assert_close(two(tokens), one(tokens), rtol=close, atol=close)
+    for options in ({"temperature": 0}, SAMPLED):
+        pair = [generate(each, rows, 8, **options, generator=seeded()) for each in (model, merged)]
+        for plain, ours in zip(*pair, strict=True):
+            assert torch.equal(plain, ours)
+    # the prompts go through V and U, the steps through the dense weight, and too many rows do not
+    taken = ways_taken(merged, monkeypatch)
+    generate(merged, rows, 3)
+    assert taken == 4 * [("called", 27), ("structured", 27)] + 8 * [("called", 3)]
+    taken.clear()
+    generate(merged, prompts(1, 1, 1, 1), 2)
+    assert taken == 8 * [("called", 4), ("structured", 4)]
+
+
+# throughput
+
+
+def timed(monkeypatch, seconds) -> list[list[str]]:
+    """Gives a batch of `name` the time ``seconds(name, batch)``, or lets it find no memory (None).
+
+    Returns the names that were timed together.
+    """
+    together = []
+
+    def fake_generate(model, tokens, length, *, temperature):
+        assert (tokens.shape[1], length, temperature) == (4, 3, 0)
+        if seconds(model.name, len(tokens)) is None:
+            raise torch.OutOfMemoryError("CUDA out of memory")
+
+    def fake_interleaved(runs, *, device, rounds):
+        together.append(list(runs))
+        sizes = {name: (run.args[0].name, len(run.args[1])) for name, run in runs.items()}
+        return {name: [0.0, seconds(*size), 99.0] for name, size in sizes.items()}
+
+    monkeypatch.setattr(decoding, "generate", fake_generate)
+    monkeypatch.setattr(decoding, "interleaved", fake_interleaved)
+    return together
+
+
+def named(*names: str) -> dict[str, Decoder]:
+    models = {name: decoder() for name in names}
+    for name, model in models.items():
+        model.name = name
+    return models
+
+
+def test_the_search_ends_where_more_rows_do_not_pay(monkeypatch):
+    times = {
+        "even": lambda batch: 1.0,  # twice the rows, twice the tokens
+        "falls": lambda batch: 1.0 if batch <= 4 else batch / 2,
+        "full": lambda batch: 1.0 if batch <= 2 else None,
+        "none": lambda batch: None,
+    }
+    together = timed(monkeypatch, lambda name, batch: times[name](batch))
+    found = compare_throughput(named(*times), prompt=4, length=3, batches=(1, 2, 4, 8, 16))
+    assert {name: (t.best, t.maximum, t.stopped) for name, t in found.items()} == {
+        "even": (16, 48.0, "batches"),
+        "falls": (4, 12.0, "slower"),
+        "full": (2, 6.0, "memory"),
+        "none": (None, 0.0, "memory"),
+    }
+    assert found["falls"].seconds == {1: 1.0, 2: 1.0, 4: 1.0, 8: 4.0}
+    assert found["falls"].tokens_per_second == {1: 3.0, 2: 6.0, 4: 12.0, 8: 6.0}
+    assert together == [["even", "falls", "full"]] * 2 + [["even", "falls"]] * 2 + [["even"]]
+
+
+def test_a_little_slower_does_not_end_the_search(monkeypatch):
+    rates = {1: 10.0, 2: 9.6, 4: 9.6, 8: 11.0, 16: 10.0, 32: 50.0}
+    timed(monkeypatch, lambda name, batch: 3 * batch / rates[batch])
+    (model,) = named("only").values()
+    found = max_throughput(model, prompt=4, length=3, batches=tuple(rates))
+    assert (found.best, found.stopped) == (8, "slower")
+    assert found.tokens_per_second == pytest.approx({b: r for b, r in rates.items() if b <= 16})
+
+
+def test_only_a_lack_of_memory_is_caught(monkeypatch):
+    message = "[enforce fail at alloc_cpu.cpp:124] DefaultCPUAllocator: can't allocate memory"
+
+    def failing(*_, **__):
+        raise RuntimeError(message)
+
+    monkeypatch.setattr(decoding, "generate", failing)
+    assert max_throughput(decoder(), prompt=4, length=3).stopped == "memory"
+    message = "something else"
+    with pytest.raises(RuntimeError, match="something else"):
+        max_throughput(decoder(), prompt=4, length=3)
+
+
+def test_models_are_really_timed():
+    models = {"dense": decoder(), "structured": decoder("lowrank")}
+    found = compare_throughput(models, prompt=3, length=2, batches=[1, 2])
+    for throughput in found.values():
+        assert isinstance(throughput, Throughput)
+        assert all(seconds > 0 for seconds in throughput.seconds.values())
+        assert throughput.maximum == max(throughput.tokens_per_second.values())
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"models": {}}, "models are on none"),
+        ({"prompt": 0}, "prompt 0"),
+        ({"length": 0}, "length 0"),
+        ({"rounds": 2}, "rounds 2"),
+        ({"batches": ()}, r"batches are \(\)"),
+        ({"batches": (2, 2)}, "that rise"),
+        ({"batches": (0, 1)}, "from 1"),
+        ({"prompt": 20, "length": 5}, "more than the context of 24"),
+    ],
+)
+def test_what_cannot_be_timed_is_refused(changes, says):
+    arguments = {"models": {"one": decoder()}, "prompt": 4, "length": 2} | changes
+    with pytest.raises(ValueError, match=says):
+        compare_throughput(**arguments)
+    elsewhere = {"here": decoder(), "there": decoder().to("meta")}
+    with pytest.raises(ValueError, match="one device"):
+        compare_throughput(elsewhere, prompt=4, length=2)

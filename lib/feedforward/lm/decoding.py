@@ -1,13 +1,18 @@
 """Generation of text: prefill, step by step with a cache, drawing, and the throughput of it all."""
 
 import math
-from collections.abc import Sequence
+import statistics
+from collections.abc import Callable, Mapping, Sequence
+from dataclasses import dataclass
+from functools import partial
+from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor
 
 from feedforward.lm.model import Decoder, KeyValueCache
+from feedforward.timing import interleaved
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
 
@@ -213,3 +218,155 @@ def _end(row: Tensor, start: int, stop: int | None) -> int:
     """Where a row ends: after the first `stop` among what was added, if there is one."""
     stops = (row[start:] == stop).nonzero() if stop is not None else row[:0]
     return start + int(stops[0]) + 1 if len(stops) else len(row)
+
+
+# --- throughput ---------------------------------------------------------------------------------
+
+#: Batch sizes that are tried: powers of two up to 1024.
+BATCHES = tuple(2**i for i in range(11))
+
+# a larger batch that is slower than the best one by more than this share ends the search
+_FALL = 0.05
+
+
+@dataclass(frozen=True)
+class Throughput:
+    """How many tokens a second a model generates, by batch size.
+
+    Attributes:
+        prompt: Tokens of each prompt.
+        length: Tokens added to each.
+        seconds: Median time of a whole generation, prefill included, by batch size.
+        stopped: Why no larger batch was tried: ``"memory"`` (it had no room), ``"slower"``, or
+            ``"batches"`` (there was none).
+    """
+
+    prompt: int
+    length: int
+    seconds: dict[int, float]
+    stopped: str
+
+    @property
+    def tokens_per_second(self) -> dict[int, float]:
+        """New tokens of all rows a second, by batch size."""
+        return {batch: batch * self.length / time for batch, time in self.seconds.items()}
+
+    @property
+    def best(self) -> int | None:
+        """The batch size with the most tokens a second; None where not even one row had room."""
+        return max(self.seconds, key=self.tokens_per_second.get, default=None)
+
+    @property
+    def maximum(self) -> float:
+        """The tokens a second of the best batch size; 0 where there is none."""
+        return max(self.tokens_per_second.values(), default=0.0)
+
+
+def max_throughput(
+    model: Decoder,
+    *,
+    prompt: int,
+    length: int,
+    batches: Sequence[int] = BATCHES,
+    rounds: int = 3,
+) -> Throughput:
+    """Search the batch size with which a model generates most tokens a second.
+
+    See `compare_throughput`, which compares models with each other.
+
+    >>> from feedforward.lm.model import DecoderConfig
+    >>> model = Decoder(DecoderConfig(vocabulary=11, width=16, layers=2, heads=2))
+    >>> found = max_throughput(model, prompt=4, length=2, batches=(1, 2))
+    >>> found.best in found.seconds and found.maximum > 0
+    True
+    """
+    measured = compare_throughput(
+        {"model": model}, prompt=prompt, length=length, batches=batches, rounds=rounds
+    )
+    return measured["model"]
+
+
+def compare_throughput(
+    models: Mapping[str, Decoder],
+    *,
+    prompt: int,
+    length: int,
+    batches: Sequence[int] = BATCHES,
+    rounds: int = 3,
+) -> dict[str, Throughput]:
+    """Search the batch size with which each of several models generates most tokens a second.
+
+    With each batch size the models generate turn and turn about, so that whatever else the machine
+    does meets all of them alike. A model is out of the search when it runs out of memory, or when a
+    larger batch gives more than 5 % fewer tokens a second than its best one. Prompts are random
+    tokens, and decoding is greedy. This is the maximum throughput of arXiv 2406.16450, section 4;
+    explained in ``book/structured-ffn/04-decoding``.
+
+    Args:
+        models: Models by name, on one device, whose memory they share.
+        prompt: Tokens of each prompt.
+        length: Tokens to add to each.
+        batches: The batch sizes to try, in rising order.
+        rounds: In which each model has its turn, at least 3; their median counts.
+
+    Returns:
+        What was measured of each model.
+
+    Raises:
+        ValueError: When there is no model, they are on several devices, the batch sizes do not
+            rise, or prompt and new tokens are more than a model's context.
+    """
+    devices = {model.embedding.weight.device for model in models.values()}
+    if len(devices) != 1:
+        found = ", ".join(map(str, devices)) or "none"
+        raise ValueError(f"models are on {found}; give one model or more, on one device")
+    if min(prompt, length) < 1 or rounds < 3:
+        raise ValueError(
+            f"prompt {prompt} and length {length} must be at least 1, rounds {rounds} at least 3"
+        )
+    if not batches or batches[0] < 1 or any(b <= a for a, b in pairwise(batches)):
+        raise ValueError(f"batches are {batches}; give sizes from 1 that rise")
+    device, running = devices.pop(), dict(models)
+    seconds: dict[str, dict[int, float]] = {name: {} for name in models}
+    stopped = dict.fromkeys(models, "batches")
+    for batch in batches:
+        runs = {}
+        for name, model in list(running.items()):
+            tokens = _random_prompts(model, batch, prompt)
+            run = partial(generate, model, tokens, length, temperature=0)
+            if _fits(run, device):
+                runs[name] = run
+            else:
+                stopped[name] = "memory"
+                del running[name]
+        if not runs:
+            break
+        for name, taken in interleaved(runs, device=device, rounds=rounds).items():
+            seconds[name][batch] = statistics.median(taken)
+            rates = [size / time for size, time in seconds[name].items()]
+            if rates[-1] < (1 - _FALL) * max(rates):
+                stopped[name] = "slower"
+                del running[name]
+    return {name: Throughput(prompt, length, seconds[name], stopped[name]) for name in models}
+
+
+def _random_prompts(model: Decoder, batch: int, length: int) -> Tensor:
+    generator = torch.Generator().manual_seed(0)
+    tokens = torch.randint(0, model.config.vocabulary, (batch, length), generator=generator)
+    return tokens.to(model.embedding.weight.device)
+
+
+def _fits(run: Callable[[], object], device: torch.device) -> bool:
+    """Whether there is memory enough for it."""
+    try:
+        run()
+        return True
+    except torch.OutOfMemoryError:
+        pass
+    except RuntimeError as error:
+        if "can't allocate memory" not in str(error):  # what the CPU says
+            raise
+    # here nothing holds the tensors of the failed run any more
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+    return False
