@@ -8,15 +8,26 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from safetensors.torch import load_file
 
-from feedforward import count
+from feedforward import SelfGuided, count, training
 from feedforward.files import cache_directory
+from feedforward.layers.cost import PAPER_SHAPES
 from feedforward.layers.experts import collect_routing
 from feedforward.lm import experiment
-from feedforward.lm.data import bits_per_byte, evaluation_batches, load_text
-from feedforward.lm.experiment import LanguageModelConfig, grid, measure, run, trace_routing
+from feedforward.lm.data import batches, bits_per_byte, evaluation_batches, load_text
+from feedforward.lm.experiment import (
+    Guidance,
+    LanguageModelConfig,
+    grid,
+    guided_share,
+    loss_spikes,
+    measure,
+    run,
+    trace_routing,
+)
 from feedforward.lm.model import Decoder, DecoderConfig
-from feedforward.records import Record, run_directory
+from feedforward.records import Record, config_key, plain_config, run_directory
 from feedforward.training import TrainingConfig
 
 
@@ -266,3 +277,316 @@ def test_unknown_parts_and_profiles_are_refused():
 def test_numbers_out_of_range_are_refused(config, wrong):
     with pytest.raises(ValueError, match=next(iter(wrong))):
         dataclasses.replace(config, **wrong)
+
+
+# self-guided training
+
+GUIDED = Guidance(4, repeat=True)
+
+
+@pytest.fixture
+def guided(config):
+    """12 steps of 2 micro-batches: 4 guided, 4 plain, and the first 4 steps' data again."""
+    model = DecoderConfig(
+        vocabulary=280, width=16, layers=3, heads=2, context=16, ffn="blockshuffle", blocks=2
+    )
+    loop = TrainingConfig(
+        steps=12,
+        lr=1e-2,
+        accumulate=2,
+        decay_all=True,
+        precision="fp32",
+        log_every=1,
+        evaluate_every=3,
+    )
+    return dataclasses.replace(
+        config, variant="guided", model=model, training=loop, guidance=GUIDED, balance=0, z=0
+    )
+
+
+def changed(config, **guidance):
+    return dataclasses.replace(config, guidance=dataclasses.replace(config.guidance, **guidance))
+
+
+def guided_layers(model):
+    return [module for module in model.modules() if isinstance(module, SelfGuided)]
+
+
+@pytest.fixture
+def seen(monkeypatch):
+    """Of every micro-batch that is trained on: its inputs, and each guide's part."""
+    loss, seen = experiment._loss, []
+
+    def sees(model, batch, **options):
+        seen.append((batch[0].clone(), [module.alpha for module in guided_layers(model)]))
+        return loss(model, batch, **options)
+
+    monkeypatch.setattr(experiment, "_loss", sees)
+    return seen
+
+
+@pytest.mark.parametrize(
+    ("kind", "shares"),
+    [
+        ("lowrank", (0.30, 0.38, 0.41, 0.43)),
+        ("blockshuffle", (0.30, 0.38, 0.41, 0.43)),
+        ("blockdense", (0.30, 0.40, 0.41, 0.45)),
+    ],
+)
+def test_the_guided_share_is_the_papers(kind, shares):
+    for size, share in zip(("s", "m", "l", "xl"), shares, strict=True):
+        dense, structured = PAPER_SHAPES[size], PAPER_SHAPES[f"{size}-{kind}-32"]
+        assert guided_share(dense, structured) == pytest.approx(share, abs=0.006)
+        assert guided_share(dense, structured, stochastic=False) < guided_share(dense, structured)
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("gated", [False, True])
+def test_the_guided_share_makes_the_protocol_cost_what_dense_training_does(gated, stochastic):
+    """From the parameters of real models: 6 FLOPs a weight and token, 12 of attention a layer."""
+    dense = DecoderConfig(vocabulary=300, width=32, layers=3, heads=2, context=24, gated=gated)
+    structured = dataclasses.replace(dense, ffn="blockdense", rank=12, blocks=4)
+
+    def flops(config):
+        weights = sum(p.numel() for p in Decoder(config).parameters() if p.dim() > 1)
+        return 6 * weights + 12 * config.layers * config.context * config.width
+
+    guide = 6 * (2 + gated) * (3 - 1) * 32 * 128 * (0.5 if stochastic else 1)
+    share = guided_share(dense, structured, stochastic=stochastic)
+    protocol = flops(structured) * (1 + share) + guide * share
+    assert protocol == pytest.approx(flops(dense), rel=1e-12)
+
+
+def test_guides_fall_by_the_schedule_and_leave(guided, seen):
+    run(guided, progress=False, device="cpu")
+    parts = [alphas for _, alphas in seen]
+    assert len(parts) == 12 * 2
+    for step in range(4):
+        expected = [pytest.approx(0.5 * (1 + math.cos(math.pi * step / 4)))] * 4  # 2 of 3 layers
+        assert parts[2 * step] == parts[2 * step + 1] == expected
+    assert not any(parts[8:])
+    weights = load_file(run_directory(run, guided) / "model.safetensors")
+    plain = dict(Decoder(guided.model).named_parameters())
+    assert weights.keys() == plain.keys()
+    model, _, _ = experiment.trained_model(guided, progress=False, device="cpu")
+    assert not guided_layers(model)
+
+
+def test_a_repeated_phase_sees_the_first_data_again(guided, seen):
+    run(guided, progress=False, device="cpu")
+    data = [inputs for inputs, _ in seen]
+    assert all(map(torch.equal, data[:8], data[16:]))
+    text = text_of(guided)
+    batch = batches(text.train, guided.batch, 16, guided.seed)
+    assert all(torch.equal(inputs, batch(i)[0]) for i, inputs in enumerate(data[:16]))
+    seen.clear()
+    run(changed(guided, repeat=False), progress=False, device="cpu")
+    assert all(torch.equal(inputs, batch(i)[0]) for i, (inputs, _) in enumerate(seen))
+
+
+@pytest.mark.parametrize("processes", [1, 3])
+def test_every_process_repeats_its_own_data(guided, processes, monkeypatch):
+    """`train` gives micro-batch m of step s in process r the index (2s + m) * processes + r."""
+    monkeypatch.setenv("WORLD_SIZE", str(processes))
+    order = experiment._order(guided, lambda index: index)
+    per_step = 2 * processes
+    indices = [order(index) for index in range(12 * per_step)]
+    assert indices == [*range(8 * per_step), *range(4 * per_step)]
+    plain = changed(guided, repeat=False)
+    assert experiment._order(plain, lambda index: index)(11 * per_step) == 11 * per_step
+
+
+def test_a_guided_run_starts_as_the_plain_one(guided):
+    """The same weights, and the same function: the first loss is the same, the next is not."""
+    always = changed(guided, stochastic=False)
+    plain = dataclasses.replace(guided, guidance=None)
+    first, other = (
+        run(config, progress=False, device="cpu").curves["loss"]["value"]
+        for config in (always, plain)
+    )
+    assert first[0] == pytest.approx(other[0], rel=1e-6)
+    assert first[1] != pytest.approx(other[1], rel=1e-6)
+    released = run(changed(always, released_start=True), progress=False, device="cpu")
+    assert released.curves["loss"]["value"][0] != pytest.approx(first[0], rel=1e-6)
+
+
+@pytest.mark.parametrize("blocks", [2, 4])
+def test_the_released_start_is_not_what_the_layers_compute(blocks):
+    """Its relative errors on 12 -> 48 and 48 -> 12; ours has none."""
+    torch.manual_seed(0)
+    config = DecoderConfig(
+        vocabulary=300, width=12, layers=3, heads=2, ffn="blockshuffle", blocks=blocks
+    )
+    for released in (False, True):
+        model = Decoder(config)
+        experiment._guide(model, Guidance(3, released_start=released))
+        layers = guided_layers(model)
+        assert [(m.in_features, m.out_features) for m in layers] == [(12, 48), (48, 12)] * 2
+        for module in layers:
+            own = module.layer.dense_weight()
+            error = ((module.guide - own).norm() / own.norm()).item()
+            assert 0.5 < error < 3 if released else error < 1e-6
+            without = torch.block_diag(*module.layer.u) @ torch.block_diag(*module.layer.v)
+            assert torch.equal(module.guide, without) == released
+
+
+@pytest.mark.parametrize("stochastic", [True, False])
+@pytest.mark.parametrize("repeat", [True, False])
+def test_training_flops_count_the_guides_while_they_are_there(guided, repeat, stochastic):
+    guided = changed(guided, repeat=repeat, stochastic=stochastic)
+    metrics = run(guided, progress=False, device="cpu").metrics
+    weights = sum(p.numel() for p in Decoder(guided.model).parameters() if p.dim() > 1)
+    token = 6 * weights + 12 * 3 * 16 * 16  # attention: 3 layers, context 16, width 16
+    guide = 6 * 2 * 2 * 16 * 64 * (0.5 if stochastic else 1)  # two linears of two layers
+    per_step = 2 * 4 * 16
+    expected = (12 * token + 4 * guide) * per_step
+    assert metrics["training FLOPs"] == pytest.approx(expected, rel=1e-12)
+    assert metrics["tokens"] == 12 * per_step
+    assert metrics["tokens per parameter"] == pytest.approx(12 * per_step / metrics["parameters"])
+    assert metrics["parameters"] == sum(p.numel() for p in Decoder(guided.model).parameters())
+    without = run(dataclasses.replace(guided, guidance=None), progress=False, device="cpu")
+    assert without.metrics["training FLOPs"] == 12 * token * per_step
+
+
+@pytest.mark.parametrize(
+    ("wrong", "message"),
+    [
+        ({"steps": 0}, "steps 0; give a whole number from 1"),
+        ({"steps": 2.0}, r"steps 2\.0"),
+        ({"steps": True}, "steps True"),
+        ({"schedule": "step"}, "no schedule 'step'.*'cosine', 'linear'"),
+        ({"steps": 7}, "takes 7 steps, twice, of 12"),
+        ({"steps": 13, "repeat": False}, "takes 13 steps of 12"),
+    ],
+)
+def test_guidance_that_cannot_be_is_refused(guided, wrong, message):
+    with pytest.raises(ValueError, match=message):
+        changed(guided, **wrong)
+
+
+def test_guidance_needs_structured_layers(config):
+    with pytest.raises(ValueError, match="guidance is of structured layers; ffn is 'moe'"):
+        dataclasses.replace(config, guidance=Guidance(2))
+
+
+def test_what_was_added_leaves_the_identity_of_runs_alone(config, guided):
+    entries = plain_config(config)
+    assert "guidance" not in entries
+    assert "init" not in entries["model"]
+    assert plain_config(guided)["guidance"]["steps"] == 4
+    keys = {
+        config_key(c)
+        for c in (
+            guided,
+            dataclasses.replace(guided, guidance=None),
+            changed(guided, released_start=True),
+            dataclasses.replace(
+                guided, model=dataclasses.replace(guided.model, init="orthonormal")
+            ),
+        )
+    }
+    assert len(keys) == 4
+
+
+def test_guidance_over_the_whole_run_leaves_a_plain_model(guided):
+    whole = changed(guided, steps=12, repeat=False)
+    record = run(whole, progress=False, device="cpu")
+    model, text, _ = experiment.trained_model(whole, progress=False, device="cpu")
+    loss = measure(model, evaluation_batches(text.validation, 16, 16))["loss"]
+    assert loss == pytest.approx(record.metrics["validation loss"], rel=1e-6)
+
+
+class Killed(BaseException):
+    """Nothing catches it."""
+
+
+def kill(monkeypatch, name, call):
+    """Let the call of a function of the experiment end the run, after it did its work."""
+    original, calls = getattr(experiment, name), []
+
+    def dies(*arguments, **options):
+        result = original(*arguments, **options)
+        calls.append(1)
+        if len(calls) == call:
+            raise Killed
+        return result
+
+    monkeypatch.setattr(experiment, name, dies)
+
+
+@pytest.mark.parametrize(
+    ("function", "call", "every", "step"),
+    [
+        pytest.param("_loss", 6, 1, 2, id="inside guidance"),
+        pytest.param("_loss", 7, 1, 3, id="before the last guided step"),
+        pytest.param("release", 1, 1, 3, id="when the guides were dropped, not saved"),
+        pytest.param("measure", 1, 1, 3, id="evaluating without guides, not saved"),
+        pytest.param("_loss", 9, 1, 4, id="when the guides were dropped, and saved"),
+        pytest.param("_loss", 12, 3, 3, id="after guidance, saved inside it"),
+        pytest.param("_loss", 17, 1, 8, id="before the repeat"),
+        pytest.param("_loss", 22, 1, 10, id="inside the repeat"),
+        pytest.param("_loss", 24, 5, 10, id="in the last step"),
+    ],
+)
+def test_a_killed_guided_run_ends_with_the_same_numbers(
+    guided, function, call, every, step, monkeypatch, tmp_path
+):
+    """Guides drawn at random, over each of the borders between the phases, bit for bit."""
+    often = dataclasses.replace(
+        guided.training, checkpoint_every_steps=every, evaluate_every=4, log_every=3
+    )
+    guided = dataclasses.replace(guided, training=often)
+    monkeypatch.setattr(training, "_flush", lambda path: None)  # no power cut here
+    whole = run(guided, progress=False, device="cpu")
+    weights = (run_directory(run, guided) / "model.safetensors").read_bytes()
+
+    monkeypatch.setenv("FEEDFORWARD_CACHE", str(tmp_path / "another"))
+    with monkeypatch.context() as patch:
+        kill(patch, function, call)
+        with pytest.raises(Killed):
+            run(guided, progress=False, device="cpu")
+    train, results = experiment.train, []
+    monkeypatch.setattr(
+        experiment, "train", lambda *a, **o: results.append(train(*a, **o)) or results[-1]
+    )
+    torch.manual_seed(99)
+    continued = run(guided, progress=False, device="cpu")
+    assert [result.resumed_from for result in results] == [step]
+    assert plain(continued) == plain(whole)
+    assert (run_directory(run, guided) / "model.safetensors").read_bytes() == weights
+
+
+# spikes
+
+
+def falling(length, seed=0):
+    """A training curve without spikes: slowly down, with a little noise."""
+    rng = np.random.default_rng(seed)
+    return 2 + 4 * np.exp(-np.arange(length) / 30) + rng.uniform(-0.05, 0.05, length)
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_every_spike_is_counted_once(seed):
+    rng = np.random.default_rng(seed)
+    losses = falling(300, seed)
+    assert loss_spikes(losses) == loss_spikes(losses.tolist()) == 0
+    starts = 60 + 40 * np.arange(rng.integers(1, 7))
+    for start in starts:
+        losses[start : start + rng.integers(1, 6)] += rng.uniform(0.6, 3)
+    assert loss_spikes(losses) == len(starts)
+    assert loss_spikes(losses + 7) == len(starts)  # only differences count
+    assert loss_spikes(2 * losses, height=0.5) == len(starts)
+    assert loss_spikes(losses, height=5) == 0
+    assert type(loss_spikes(losses)) is int
+
+
+def test_what_is_no_spike():
+    assert loss_spikes([]) == loss_spikes([3.0]) == loss_spikes([2.0] * 50) == 0
+    assert loss_spikes(np.linspace(9, 1, 100)) == 0
+    assert loss_spikes([1.0, 1.25]) == 0  # it has to be above
+    assert loss_spikes([1.0, 1.2501]) == 1
+    assert loss_spikes([1.0] * 30 + [9.0] * 500) == 1  # a new level is one
+    assert loss_spikes(np.linspace(1, 3, 200)) == 0  # a slow rise, against the last 20 points
+    assert loss_spikes(np.linspace(1, 3, 200), window=200) == 1
+    spikes = [1.0, 9.0] * 5
+    assert loss_spikes(spikes[:4]) == 2
