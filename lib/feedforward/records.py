@@ -7,6 +7,7 @@ ever stale. The book explains records, profiles and claims in its chapter on how
 """
 
 import ast
+import contextlib
 import dataclasses
 import hashlib
 import inspect
@@ -28,13 +29,14 @@ from datetime import UTC, datetime
 from functools import cache
 from importlib import metadata
 from pathlib import Path
-from typing import Any, ClassVar, Protocol, Self, get_origin, get_type_hints
+from typing import Any, ClassVar, Protocol, Self, TypeVar, get_origin, get_type_hints
 
 from feedforward.files import atomic_write, cache_directory, checkout, results_directory, sha256
 from feedforward.sources import fingerprint, modules_of_source, without_docstrings
 
 SCHEMA = 1
 
+T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
 _LIBRARIES = ("torch", "transformers", "numpy", "feedforward")
 
@@ -329,17 +331,15 @@ def cached(
         refresh: run even if there is a record.
         options: go to `run` and do not change its numbers, for instance ``progress=False``.
     """
-    from filelock import FileLock
-
-    if not refresh and (record := recorded(config)):
+    if not refresh and (record := agreed(recorded(config))):
         return record
     folder = run_directory(run, config)
     path = folder.with_name(folder.name + ".json")
     path.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(path.with_suffix(".lock")):
-        if not refresh and (record := _load_cached(path)):
+    with run_lock(path.with_suffix(".lock")):
+        if not refresh and (record := agreed(_load_cached(path))):
             return dataclasses.replace(record, profile=profile)
-        if refresh:
+        if refresh and is_first_process():
             shutil.rmtree(folder, ignore_errors=True)
         record = dataclasses.replace(run(config, **options), profile=profile)
         if record.key != config_key(config):
@@ -347,8 +347,36 @@ def cached(
                 f"{run.__module__}.{run.__qualname__} returned the record of another configuration "
                 f"(key {record.key}, asked for {config_key(config)}): build it by Record.of(config)"
             )
-        record.save(path)
+        if is_first_process():
+            record.save(path)
     return record
+
+
+def is_first_process() -> bool:
+    """Whether this process writes: it is alone, or the first of those that torchrun started."""
+    return os.environ.get("RANK", "0") == "0"
+
+
+def agreed(value: T) -> T:
+    """The first process's `value`, in all the processes that torchrun started; alone just `value`.
+
+    What they decide from files they must decide alike: each may see the files at another time.
+    """
+    if int(os.environ.get("WORLD_SIZE", "1")) == 1:
+        return value
+    import torch
+    from accelerate import PartialState
+    from accelerate.utils import broadcast_object_list
+
+    PartialState(cpu=not torch.cuda.is_available())  # the processes find one another
+    return broadcast_object_list([value])[0]
+
+
+def run_lock(path: Path) -> contextlib.AbstractContextManager:
+    """A lock against other runs; the processes of one torchrun hold it together."""
+    from filelock import FileLock
+
+    return FileLock(path) if is_first_process() else contextlib.nullcontext()
 
 
 def run_directory(run: Callable[..., Record], config: Config) -> Path:

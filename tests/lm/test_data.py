@@ -285,6 +285,61 @@ def test_a_hub_source_is_streamed_up_to_its_budget(fresh_cache, monkeypatch):
     assert len(text.train) > 20_000
 
 
+@pytest.fixture
+def stream(monkeypatch):
+    """A hub with one data set; how often it was opened is counted."""
+    opened = []
+
+    def load_dataset(*_, **__):
+        opened.append(True)
+        return ({"text": prose(number, paragraphs=3)} for number in range(2_000))
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    return opened
+
+
+def test_more_tokens_of_a_stream_extend_the_training_text_alone(fresh_cache, stream, monkeypatch):
+    for name, size in {"_HEAD": 60_000, "_CHUNK": 20_000, "_HELD_OUT": 600}.items():
+        monkeypatch.setattr(data, name, size)
+    short, long = (
+        load_text("hub:some/texts", vocabulary=300, tokens=n) for n in (100_000, 150_000)
+    )
+    assert short.sha256 != long.sha256
+    assert short.tokenizer.to_str() == long.tokenizer.to_str()
+    for split in ("validation", "test"):
+        assert np.array_equal(getattr(short, split), getattr(long, split))
+        assert 600 <= len(getattr(short, split)) < 10_000
+    assert 100_000 <= len(short.train) < 140_000
+    assert 150_000 <= len(long.train) < 190_000
+    assert np.array_equal(short.train, long.train[: len(short.train)])
+    assert short.train[0] == short.end_of_text
+    assert short.details["train"]["tokens"] == len(short.train)
+    assert (short.train == short.end_of_text).sum() == int(
+        short.details["train"]["works"][0].split()[0].replace(",", "")
+    )
+    assert "documents" in short.describe()
+
+
+def test_a_stream_is_read_once_by_those_who_wait_for_it(fresh_cache, stream):
+    with ThreadPoolExecutor(2) as pool:
+        one, two = pool.map(
+            lambda _: load_text("hub:some/texts", vocabulary=300, tokens=10_000), range(2)
+        )
+    assert len(stream) == 1
+    assert np.array_equal(one.train, two.train)
+
+
+def test_a_stream_that_breaks_off_leaves_nothing(fresh_cache, monkeypatch):
+    def load_dataset(*_, **__):
+        yield from ({"text": prose(number, paragraphs=3)} for number in range(50))
+        raise ConnectionError("gone")
+
+    monkeypatch.setitem(sys.modules, "datasets", types.SimpleNamespace(load_dataset=load_dataset))
+    with pytest.raises(DataError, match="gone"):
+        load_text("hub:some/texts", vocabulary=300, tokens=10**6)
+    assert not [f for f in fresh_cache.rglob("*") if f.suffix in (".npy", ".part", ".json")]
+
+
 def test_a_hub_source_without_network_is_a_clear_error(fresh_cache, monkeypatch):
     def load_dataset(*_, **__):
         raise ConnectionError("no route to host")

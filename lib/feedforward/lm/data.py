@@ -5,6 +5,7 @@ The embedded default is about nine million characters of English that two ordina
 streamed data set of the Hugging Face hub takes its place by naming it as the source.
 """
 
+import contextlib
 import hashlib
 import importlib.metadata
 import json
@@ -17,12 +18,14 @@ from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 import torch
+from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from feedforward.files import atomic_write, cache_directory
+from feedforward.files import atomic_write, cache_directory, sha256
 
 SPLITS = ("train", "validation", "test")
 END_OF_TEXT = "<|endoftext|>"
@@ -318,29 +321,22 @@ def _folder(files: list[Path], root: Path) -> dict[str, list[Work]]:
     return splits
 
 
-def _hub(name: str, tokens: int) -> dict[str, list[Work]]:
-    """Stream documents of the hub until about `tokens` tokens are there; one document in 50 is
-    held out for validation and one for the test, by the hash of its text."""
+def _hub(name: str) -> Iterator[tuple[str, str]]:
+    """Stream the documents of a data set of the hub, each with its split: by the hash of their
+    text one in 50 is for validation and one for the test, so that copies fall into one split."""
     try:
         import datasets
     except ImportError:
         raise DataError("a hub source needs the package 'datasets': pip install datasets") from None
     path, _, config = name.partition(":")
-    splits: dict[str, list[Work]] = {split: [] for split in SPLITS}
-    wanted = 5 * tokens  # characters: more than any tokeniser of a sensible size makes a token of
     try:
-        stream = datasets.load_dataset(path, config or None, split="train", streaming=True)
-        for number, document in enumerate(stream):
+        for document in datasets.load_dataset(path, config or None, split="train", streaming=True):
             text = document.get("text", document.get("content"))
             if not isinstance(text, str):
                 raise DataError(f"{path} has no column 'text' or 'content': {sorted(document)}")
             draw = hashlib.sha256(text.encode()).digest()[0] % 50
-            split = {0: "test", 1: "validation"}.get(draw, "train")
             if paragraphs := _paragraphs(text):
-                splits[split].append(Work(f"{path}/{number}", paragraphs))
-            wanted -= len(text)
-            if wanted <= 0:
-                break
+                yield {0: "test", 1: "validation"}.get(draw, "train"), "".join(paragraphs)
     except DataError:
         raise
     except Exception as error:  # the client raises a dozen kinds, from DNS to HTTP
@@ -348,7 +344,6 @@ def _hub(name: str, tokens: int) -> dict[str, list[Work]]:
             f"the hub data set {path!r} cannot be streamed ({type(error).__name__}: {error}). "
             "It needs a network; use source='embedded' or a folder of text files without one."
         ) from error
-    return splits
 
 
 # --- prepared text ------------------------------------------------------------------------------
@@ -447,7 +442,9 @@ def load_text(
         source: ``"embedded"``, a folder of ``.txt`` files, or ``"hub:owner/name"`` (with a
             configuration: ``"hub:owner/name:config"``). None asks `default_source`.
         vocabulary: Number of BPE tokens, from 257 (256 bytes and the end of text) to 65,536.
-        tokens: How much to stream from the hub; the other sources are read whole.
+        tokens: Training tokens to stream from the hub, where there are as many; the other sources
+            are read whole. They are kept in two bytes each. More tokens extend the training text:
+            from 20 million on, tokeniser and held-out text stay as they are.
 
     Raises:
         DataError: When the text is missing, damaged, empty, undecodable or too short.
@@ -465,14 +462,11 @@ def load_text(
             _installed(it)  # its absence is worth saying even where the cache would do
         read = _embedded
     elif source.startswith("hub:"):
-        identity = [source, tokens]
-
-        def read():
-            return _hub(source.removeprefix("hub:"), tokens)
+        identity = ["streamed", source, tokens]
     else:
         root = Path(source).expanduser()
         files = _folder_files(root)
-        identity = [(file.relative_to(root).as_posix(), _file_digest(file)) for file in files]
+        identity = [(file.relative_to(root).as_posix(), sha256(file)) for file in files]
 
         def read():
             return _folder(files, root)
@@ -481,8 +475,14 @@ def load_text(
     key = hashlib.sha256(described.encode()).hexdigest()
     folder = cache_directory("data", "text", key[:16])
     if (text := _stored(folder, source, key)) is None:
-        _prepare(folder, read, vocabulary, source)
-        text = _stored(folder, source, key)
+        if source.startswith("hub:"):
+            folder.mkdir(parents=True, exist_ok=True)
+            with FileLock(folder / "streaming.lock"):  # of several processes one streams
+                if (text := _stored(folder, source, key)) is None:
+                    _prepare_stream(folder, source, vocabulary, tokens)
+        else:
+            _prepare(folder, read, vocabulary, source)
+        text = text or _stored(folder, source, key)
     if text is None:
         raise DataError(
             f"the prepared text in {folder} is damaged; remove that folder and try again"
@@ -490,47 +490,121 @@ def load_text(
     return text
 
 
-def _file_digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
-
-
 def _prepare(folder: Path, read: Callable[[], dict], vocabulary: int, source: str) -> None:
     splits = deduplicate(read())
     texts = {split: [work.text for work in splits[split]] for split in SPLITS}
     for split in SPLITS:
-        if sum(map(len, texts[split])) < 100:
-            raise DataError(
-                f"{source} leaves no text for {split} after cleaning; give at least a few "
-                "thousand characters in paragraphs."
-            )
+        _require_text(source, split, sum(map(len, texts[split])))
     tokenizer = train_tokenizer(texts["train"], vocabulary)
-    end = tokenizer.token_to_id(END_OF_TEXT)
-    details, files = {}, {}
+    details = {}
     for split in SPLITS:
-        encoded = tokenizer.encode_batch_fast(texts[split])
-        ids = np.concatenate([part for work in encoded for part in ([end], work.ids)])
+        ids = _encode(tokenizer, texts[split])
         with atomic_write(folder / f"{split}.npy") as file:
-            np.save(file, ids.astype(np.uint16))
+            np.save(file, ids)
         details[split] = {
             "works": [work.name for work in splits[split]],
             "characters": sum(map(len, texts[split])),
             "bytes": sum(len(text.encode()) for text in texts[split]),
             "tokens": len(ids),
         }
+    _seal(folder, tokenizer, details)
+
+
+def _require_text(source: str, split: str, characters: int) -> None:
+    if characters < 100:
+        raise DataError(
+            f"{source} leaves no text for {split} after cleaning; give at least a few "
+            "thousand characters in paragraphs."
+        )
+
+
+def _encode(tokenizer: Tokenizer, texts: list[str]) -> np.ndarray:
+    """The tokens of texts one after the other, each behind an end of text."""
+    end = tokenizer.token_to_id(END_OF_TEXT)
+    encoded = tokenizer.encode_batch_fast(texts)
+    ids = np.concatenate([part for text in encoded for part in ([end], text.ids)])
+    return ids.astype(np.uint16)
+
+
+def _seal(folder: Path, tokenizer: Tokenizer, details: dict) -> None:
+    """Keep the tokeniser and what was prepared, with the checksums of all files."""
     with atomic_write(folder / "tokenizer.json") as file:
         file.write(tokenizer.to_str().encode())
-    for file in (*(f"{split}.npy" for split in SPLITS), "tokenizer.json"):
-        files[file] = _file_digest(folder / file)
+    names = (*(f"{split}.npy" for split in SPLITS), "tokenizer.json")
+    files = {name: sha256(folder / name) for name in names}
     # written last: its presence says that the rest is whole
     with atomic_write(folder / "prepared.json", "w", encoding="utf-8") as file:
         json.dump({"details": details, "files": files}, file, indent=1)
+
+
+# of a stream: the characters that the tokeniser is trained on, those that are encoded at a time,
+# and the tokens held out for each of validation and test
+_HEAD, _CHUNK, _HELD_OUT = 100_000_000, 10_000_000, 10_000_000
+
+
+def _prepare_stream(folder: Path, source: str, vocabulary: int, tokens: int) -> None:
+    """Encode documents of the hub as they come, until there are `tokens` training tokens.
+
+    The memory holds what the tokeniser is trained on and never the whole text.
+    """
+    documents = _hub(source.removeprefix("hub:"))
+    head = _take(documents, min(_HEAD, 5 * tokens))  # more characters than a token has
+    tokenizer = train_tokenizer((text for split, text in head if split == "train"), vocabulary)
+    details = {
+        split: dict.fromkeys(("documents", "characters", "bytes", "tokens"), 0) for split in SPLITS
+    }
+    limits = {"train": tokens, "validation": _HELD_OUT, "test": _HELD_OUT}
+    with contextlib.ExitStack() as stack:
+        files = {
+            split: stack.enter_context(atomic_write(folder / f"{split}.npy")) for split in SPLITS
+        }
+        for split in SPLITS:
+            _write_header(files[split], 0)
+        chunk = head
+        while chunk:
+            for split in SPLITS:
+                texts = [text for own, text in chunk if own == split]
+                it = details[split]
+                if texts and it["tokens"] < limits[split]:
+                    ids = _encode(tokenizer, texts)
+                    files[split].write(ids.tobytes())
+                    it["documents"] += len(texts)
+                    it["characters"] += sum(map(len, texts))
+                    it["bytes"] += sum(len(text.encode()) for text in texts)
+                    it["tokens"] += len(ids)
+            missing = tokens - details["train"]["tokens"]
+            chunk = _take(documents, min(_CHUNK, 5 * missing)) if missing > 0 else []
+        for split in SPLITS:
+            _require_text(source, split, details[split]["characters"])
+            files[split].seek(0)
+            _write_header(files[split], details[split]["tokens"])
+    for it in details.values():
+        it["works"] = [f"{it.pop('documents'):,} documents"]
+    _seal(folder, tokenizer, details)
+
+
+def _take(documents: Iterator[tuple[str, str]], characters: int) -> list[tuple[str, str]]:
+    """The next documents, until they have so many characters or there are no more."""
+    taken = []
+    for document in documents:
+        taken.append(document)
+        characters -= len(document[1])
+        if characters <= 0:
+            break
+    return taken
+
+
+def _write_header(file: IO[bytes], tokens: int) -> None:
+    """The header of a ``.npy`` file; numpy leaves room in it for the length to grow."""
+    header = np.lib.format.header_data_from_array_1_0(np.empty(0, np.uint16))
+    np.lib.format.write_array_header_1_0(file, header | {"shape": (tokens,)})
 
 
 def _stored(folder: Path, source: str, key: str) -> Text | None:
     """The prepared text in `folder`, or None where it is not there or not whole."""
     try:
         about = json.loads((folder / "prepared.json").read_text("utf-8"))
-        damaged = [f for f, digest in about["files"].items() if _file_digest(folder / f) != digest]
+        damaged = [f for f, digest in about["files"].items() if sha256(folder / f) != digest]
     except FileNotFoundError:
         return None
     except (ValueError, KeyError, AttributeError) as error:

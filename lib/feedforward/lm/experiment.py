@@ -16,7 +16,6 @@ import numpy as np
 import safetensors.torch
 import torch
 import torch.nn.functional as F
-from filelock import FileLock
 from safetensors import SafetensorError
 from torch import Tensor
 
@@ -35,7 +34,16 @@ from feedforward.lm.data import (
 )
 from feedforward.lm.model import STRUCTURED, Decoder, DecoderConfig
 from feedforward.profiles import get_profile, resolve_device, unknown
-from feedforward.records import Provenance, Record, RecordError, added, run_directory
+from feedforward.records import (
+    Provenance,
+    Record,
+    RecordError,
+    added,
+    agreed,
+    is_first_process,
+    run_directory,
+    run_lock,
+)
 from feedforward.training import TrainingConfig, seed_everything, train
 
 
@@ -80,7 +88,8 @@ class LanguageModelConfig:
         model: Shape of the model; its vocabulary is the tokeniser's.
         training: Steps, learning rate and the rest of the loop.
         seed: Of the weights and of the order of the data.
-        batch: Sequences of ``model.context`` tokens a step.
+        batch: Sequences of ``model.context`` tokens of a micro-batch; a step has
+            ``training.accumulate`` of them in each process.
         source: Of the text, as `feedforward.lm.data.load_text` takes it.
         balance: Weight of the load-balancing loss, averaged over the layers.
         z: Weight of the router z-loss, averaged over the layers.
@@ -88,6 +97,9 @@ class LanguageModelConfig:
         final_tokens: Validation and test tokens of the final numbers; None: all of them.
         experiment: The part of the book.
         guidance: Self-guided training of structured layers; None: none.
+        processes: That torchrun starts, one a GPU; each has micro-batches of its own.
+        text_tokens: Training tokens to stream of a text of the hub, the same number for the runs
+            that are compared, so that they have one text; None: as many as this run sees.
 
     Raises:
         ValueError: When a number is out of range, or there is nothing to guide.
@@ -105,18 +117,13 @@ class LanguageModelConfig:
     final_tokens: int | None = None
     experiment: str = "foundations"
     guidance: Guidance | None = added(None)
+    processes: int = added(1)
+    text_tokens: int | None = added(None)
 
     def __post_init__(self):
-        sizes = (
-            self.batch,
-            self.curve_tokens,
-            1 if self.final_tokens is None else self.final_tokens,
-        )
-        if min(sizes) < 1:
-            raise ValueError(
-                f"batch {self.batch}, curve_tokens {self.curve_tokens} and final_tokens "
-                f"{self.final_tokens} must be at least 1"
-            )
+        for name in ("batch", "curve_tokens", "final_tokens", "processes", "text_tokens"):
+            if (value := getattr(self, name)) is not None and value < 1:
+                raise ValueError(f"{name} is {value}; it must be at least 1")
         if self.balance < 0 or self.z < 0:
             raise ValueError(f"balance {self.balance} and z {self.z} must not be negative")
         if self.guidance is not None:
@@ -132,12 +139,19 @@ class LanguageModelConfig:
     @property
     def tokens_per_step(self) -> int:
         """Tokens seen in one step of the optimizer."""
-        return self.training.accumulate * self.batch * self.model.context
+        micro_batches = self.processes * self.training.accumulate
+        return micro_batches * self.batch * self.model.context
 
     @property
     def tokens(self) -> int:
         """Tokens seen in training, those that a repeated phase sees again included."""
         return self.training.steps * self.tokens_per_step
+
+    @property
+    def fresh_steps(self) -> int:
+        """Steps before a repeated phase."""
+        repeats = self.guidance is not None and self.guidance.repeat
+        return self.training.steps - (self.guidance.steps if repeats else 0)
 
 
 def guided_share(dense: HasShape, structured: HasShape, *, stochastic: bool = True) -> float:
@@ -158,10 +172,32 @@ def guided_share(dense: HasShape, structured: HasShape, *, stochastic: bool = Tr
     [0.3, 0.43]
     """
     full, part = (count(config).training_flops for config in (dense, structured))
-    shape = structured.shape()
-    maps = 2 + shape.gated
-    guides = 6 * (shape.layers - shape.dense_layers) * maps * shape.width * shape.hidden
-    return (full - part) / (guides * (0.5 if stochastic else 1.0) + part)
+    return (full - part) / (_guide_flops(structured, stochastic) + part)
+
+
+def guide_parameters(config: HasShape) -> int:
+    """The numbers in the guides of a structured model: one dense matrix for each of its maps."""
+    shape = config.shape()
+    maps = (shape.layers - shape.dense_layers) * (2 + shape.gated)
+    return maps * shape.width * shape.hidden
+
+
+def training_flops(config: LanguageModelConfig) -> int:
+    """The FLOPs of a whole run, those of guides and of repeated tokens included.
+
+    Of a token they are ``3 * (2 * parameters in matrix products + 4 * layers * context * attention
+    width)``, tied logits included (as arXiv 2406.16450 counts); a guide that every forward pass
+    uses adds 6 for each of its parameters, a stochastic one half of that.
+    """
+    flops = count(config.model).training_flops * config.tokens
+    if config.guidance is not None:
+        guides = _guide_flops(config.model, config.guidance.stochastic)
+        flops += guides * config.guidance.steps * config.tokens_per_step
+    return flops
+
+
+def _guide_flops(structured: HasShape, stochastic: bool) -> int:
+    return (3 if stochastic else 6) * guide_parameters(structured)
 
 
 # --- the arms -----------------------------------------------------------------------------------
@@ -260,12 +296,14 @@ def run(
 
 def _run_in(folder: Path, config, progress: bool, device: str | torch.device) -> Record:
     folder.parent.mkdir(parents=True, exist_ok=True)
-    with FileLock(folder.with_name(folder.name + ".run.lock")):
-        if (ended := _ended(folder)) is not None:
+    with run_lock(folder.with_name(folder.name + ".run.lock")):
+        if (ended := agreed(_ended(folder))) is not None:
             return ended
         model, record = _train(
             config, folder / "checkpoints", progress, resolve_device(str(device))
         )
+        if not is_first_process():
+            return record
         with atomic_write(folder / "model.safetensors") as file:
             weights = {name: value.detach().cpu() for name, value in model.named_parameters()}
             file.write(safetensors.torch.save(weights))
@@ -287,15 +325,17 @@ def _train(
     config: LanguageModelConfig, checkpoints: Path, progress: bool, device: torch.device
 ) -> tuple[Decoder, Record]:
     started = time.perf_counter()
-    text = load_text(config.source, vocabulary=config.model.vocabulary)
+    if (processes := int(os.environ.get("WORLD_SIZE", "1"))) != config.processes:
+        raise ValueError(
+            f"{config.variant} is a run of {config.processes} processes and this is one of "
+            f"{processes}: start it with torchrun --nproc-per-node {config.processes}"
+        )
+    text = _text(config)
     seed_everything(config.seed)
     model = Decoder(config.model)
     context = config.model.context
-    flops = count(model).training_flops * config.tokens
     if config.guidance is not None:
         _guide(model, config.guidance)
-        guided = count(model).training_flops * config.guidance.steps * config.tokens_per_step
-        flops += guided * (1 - count(config.model).training_flops / count(model).training_flops)
     windows = partial(evaluation_batches, batch=4 * config.batch, context=context)
 
     def evaluate(model):
@@ -329,7 +369,7 @@ def _train(
         "active parameters": cost.active_parameters,
         "FLOPs per token": cost.flops,
         "tokens per parameter": config.tokens / cost.parameters,
-        "training FLOPs": flops,
+        "training FLOPs": training_flops(config),
         "loss spikes": loss_spikes(result.curves["loss"]["value"]),
     }
     for split, tokens in (("validation", text.validation), ("test", text.test)):
@@ -350,6 +390,11 @@ def _train(
     )
 
 
+def _text(config: LanguageModelConfig) -> Text:
+    tokens = config.text_tokens or config.fresh_steps * config.tokens_per_step
+    return load_text(config.source, vocabulary=config.model.vocabulary, tokens=tokens)
+
+
 def _order(
     config: LanguageModelConfig, batch: Callable[[int], tuple[Tensor, Tensor]]
 ) -> Callable[[int], tuple[Tensor, Tensor]]:
@@ -359,9 +404,8 @@ def _order(
     """
     if config.guidance is None or not config.guidance.repeat:
         return batch
-    processes = int(os.environ.get("WORLD_SIZE", "1"))  # of torchrun; each counts all batches
-    fresh = config.training.steps - config.guidance.steps
-    fresh *= config.training.accumulate * processes
+    # every process counts the micro-batches of all
+    fresh = config.fresh_steps * config.training.accumulate * config.processes
     return lambda index: batch(index if index < fresh else index - fresh)
 
 
@@ -504,9 +548,14 @@ def measure(model: torch.nn.Module, pairs) -> dict:
     return measured
 
 
+_PIECE = 2**24  # tokens
+
+
 def unigram_loss(text: Text) -> float:
     """Validation loss in nats per token of a model that only knows how frequent each token is."""
-    counts = np.bincount(text.train, minlength=text.vocabulary) + 1.0
+    counts = np.ones(text.vocabulary)
+    for start in range(0, len(text.train), _PIECE):  # bincount widens what it counts
+        counts += np.bincount(text.train[start : start + _PIECE], minlength=text.vocabulary)
     return float(-np.log(counts / counts.sum())[text.validation[1:]].mean())
 
 
@@ -540,7 +589,7 @@ def trained_model(
                 parameter.copy_(weights[name])
     except (SafetensorError, ValueError, RuntimeError) as error:
         raise ValueError(f"{file} cannot be read ({error}). Delete it to train again.") from error
-    text = load_text(config.source, vocabulary=config.model.vocabulary)
+    text = _text(config)
     return model.to(resolve_device(str(device))).eval(), text, record
 
 
