@@ -11,7 +11,7 @@ import torch
 
 from feedforward import cli, profiles
 from feedforward.cli import main
-from feedforward.profiles import EXPERIMENTS
+from feedforward.profiles import EXPERIMENTS, Plan
 from feedforward.records import Provenance, Record, load_records, result_path
 from feedforward.training import TrainingError
 
@@ -145,6 +145,46 @@ def test_dry_run_runs_nothing(capsys, tmp_path):
     assert out.count("not recorded") == 6
     assert made == []
     assert list(tmp_path.iterdir()) == []
+
+
+def test_a_dry_run_prints_the_plan_of_the_runs_asked_for(capsys, demo):
+    def plan(profile, configs):
+        rows = [row for c in configs for row in ((c.variant, f"{c.width}"), ("  paper", "9 T"))]
+        note = f"at {profile} " + "every number was counted and none was measured, " * 3
+        return Plan(
+            ("run", "width"), rows, [note], [f"start {c.variant} \\\n    now" for c in configs]
+        )
+
+    demo.plan = plan
+    arguments = ("run", "demo", "--profile", "cpu", "--seeds", 0, 1, "--dry-run")
+    _, out, _ = call(capsys, *arguments)
+    status, table, notes, commands = out.split("\n\n")
+    assert len(status.splitlines()) == 4
+    assert [line.split() for line in table.splitlines()] == [
+        ["run", "width"],
+        ["dense", "8"],
+        ["paper", "9", "T"],
+        ["moe", "8"],
+        ["paper", "9", "T"],
+    ]
+    assert notes.startswith("at cpu every")
+    assert max(map(len, notes.splitlines())) < 100
+    assert commands.splitlines() == ["start dense \\", "    now", "start moe \\", "    now"]
+    _, out, _ = call(capsys, *arguments, "--variants", "moe")
+    assert "dense" not in out
+    assert made == []
+
+
+def test_the_plan_of_the_paper_is_readable(capsys):
+    arguments = ("run", "structured-ffn", "--profile", "paper", "--dry-run")
+    status, out, _ = call(capsys, *arguments)
+    assert status == 0
+    lines = out.splitlines()
+    assert max(map(len, lines)) <= 100
+    assert sum(line.startswith("torchrun ") for line in lines) == 58
+    assert sum("not recorded" in line for line in lines) == 58
+    (row,) = [line.split() for line in lines if line.startswith("blockshuffle-32-xl ")]
+    assert row[:5] == ["blockshuffle-32-xl", "743.6", "275.0", "25.50", "1.29e+20"]
 
 
 def test_shards_share_the_runs_out(capsys):

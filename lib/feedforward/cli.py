@@ -2,8 +2,9 @@
 
 import dataclasses
 import sys
+import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from typing import Annotated, Any
+from typing import Annotated, Any, TextIO
 
 import typer
 from typer.core import TyperCommand
@@ -11,12 +12,21 @@ from typer.core import TyperCommand
 from feedforward.profiles import (
     EXPERIMENTS,
     PROFILES,
+    Plan,
     get_profile,
     load_experiment,
     resolve_device,
     unknown,
 )
-from feedforward.records import Record, cached, config_key, load_records, result_path
+from feedforward.records import (
+    Record,
+    agreed,
+    cached,
+    config_key,
+    is_first_process,
+    load_records,
+    result_path,
+)
 
 # What a command needs beyond these loads inside it: the help is there at once.
 
@@ -87,7 +97,9 @@ def run(
     record: Annotated[
         bool, typer.Option("--record", help="Keep them under results/, for the book.")
     ] = False,
-    dry_run: Annotated[bool, typer.Option("--dry-run", help="Only say what would run.")] = False,
+    dry_run: Annotated[
+        bool, typer.Option("--dry-run", help="Only say what would run, and what it costs.")
+    ] = False,
 ) -> None:
     """Run the experiment of a part; what was run before is loaded, what was killed continues."""
     scale = get_profile(profile)
@@ -97,21 +109,27 @@ def run(
     experiment = load_experiment(part)
     grid = experiment.grid(part, profile)
     jobs = _shard(_jobs(grid, profile, seeds or scale.seeds, variants), shard)
-    device = None if dry_run else resolve_device(scale.device)
-    for number, job in enumerate(jobs, start=1):
-        status = job.status
-        head = f"[{number}/{len(jobs)}] {job.name}"
-        if dry_run or (record and status == "recorded"):
-            print(f"{head}  {status}", flush=True)
+    heads = [f"[{number}/{len(jobs)}] {job.name}" for number, job in enumerate(jobs, start=1)]
+    if dry_run:
+        for head, job in zip(heads, jobs, strict=True):
+            print(f"{head}  {job.status}")
+        if hasattr(experiment, "plan"):
+            configs = {job.variant: job.config for job in reversed(jobs)}
+            _show(experiment.plan(profile, [configs[name] for name in grid if name in configs]))
+        return
+    device = resolve_device(scale.device)
+    for head, job in zip(heads, jobs, strict=True):
+        if record and agreed(job.status) == "recorded":
+            _say(f"{head}  recorded")
             continue
-        print(f"{head}  ...", file=sys.stderr, flush=True)
+        _say(f"{head}  ...", file=sys.stderr)
         bar = sys.stderr.isatty()
         options = {"progress": bar, "device": device}
         result = cached(experiment.run, job.config, profile=profile, **options)
         result = dataclasses.replace(result, profile=profile)
-        if record:
+        if record and is_first_process():
             result.save(result_path(result.experiment, profile, result.variant, result.seed))
-        print(f"{head}  {result.provenance.seconds:.1f} s  {_numbers(result)}", flush=True)
+        _say(f"{head}  {result.provenance.seconds:.1f} s  {_numbers(result)}")
 
 
 @app.command("list")
@@ -249,6 +267,25 @@ def _shard(jobs: list[Job], shard: str) -> list[Job]:
     if not (own.isdecimal() and count.isdecimal() and 1 <= int(own) <= int(count)):
         raise ValueError(f"shard is {shard!r}; write i/n with i from 1 to n, for instance 2/4")
     return jobs[int(own) - 1 :: int(count)]
+
+
+def _say(line: str, file: TextIO | None = None) -> None:
+    """Print a line at once; of the processes of torchrun one does."""
+    if is_first_process():
+        print(line, file=file, flush=True)
+
+
+def _show(plan: Plan) -> None:
+    """Print what runs would cost."""
+    print()
+    _table(plan.columns, plan.rows)
+    for block in (plan.notes, plan.commands):
+        print(end="\n" if block else "")
+        for text in block:
+            print(text if block is plan.commands else textwrap.fill(text, 98, **_HANGING))
+
+
+_HANGING = {"subsequent_indent": "  ", "break_long_words": False, "break_on_hyphens": False}
 
 
 def _numbers(record: Record) -> str:

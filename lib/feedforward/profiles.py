@@ -6,7 +6,7 @@ the profile's name says which. The book explains them in its chapter on how to r
 
 import difflib
 import importlib
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
@@ -35,6 +35,23 @@ class Profile:
     minutes: int | None
     seeds: tuple[int, ...]
     evidence: bool
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What runs would cost, as a dry run prints it below their names.
+
+    Args:
+        columns: headings of a table.
+        rows: its cells, one or more rows a run.
+        notes: how its numbers were found.
+        commands: that start the runs, where ``feedforward run`` alone does not.
+    """
+
+    columns: Sequence[str]
+    rows: Sequence[Sequence[str]]
+    notes: Sequence[str] = ()
+    commands: Sequence[str] = ()
 
 
 PROFILES = {
@@ -77,7 +94,8 @@ PROFILES = {
 
 #: The book's parts with an experiment, and the module that holds it. The module offers
 #: ``grid(part, profile) -> {variant: config}`` and
-#: ``run(config, *, progress=True, device="auto") -> Record``.
+#: ``run(config, *, progress=True, device="auto") -> Record``, and may offer
+#: ``plan(profile, configs) -> Plan``.
 EXPERIMENTS = {
     "foundations": "feedforward.lm.experiment",
     "structured-ffn": "feedforward.lm.structured",

@@ -8,15 +8,18 @@ and the forms of self-guided training, and so finds the learning rate of each ar
 """
 
 import math
-from dataclasses import replace
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
 
 from feedforward.layers.cost import count
+from feedforward.lm.accounting import plan
 from feedforward.lm.experiment import Guidance, LanguageModelConfig, guided_share, run
-from feedforward.lm.model import DecoderConfig
+from feedforward.lm.model import DecoderConfig, paper_config
 from feedforward.profiles import get_profile, unknown
 from feedforward.training import TrainingConfig
 
-__all__ = ["LEARNING_RATES", "RATES", "grid", "run"]
+__all__ = ["LEARNING_RATES", "PAPER_TRAINING", "RATES", "grid", "plan", "run"]
 
 # kind of feed-forward layer by arm, at its two sizes
 _KINDS = {
@@ -37,124 +40,226 @@ RATES = (4e-3, 8e-3, 1.6e-2, 3.2e-2)
 # width it falls as 1 / width
 LEARNING_RATES = {arm: 1.6e-2 for arm in (*FFNS, *(f"{arm}-guided" for arm in STRUCTURED_32))}
 
-_BACKBONE = {"vocabulary": 1024, "layers": 4, "heads": 2, "context": 128}
-_PAPER = {"activation": "gelu_tanh"}  # the rest of the paper's backbone is the default
-_BATCH = 16  # small, so that a small model has as many steps as the paper's smallest
-_TOKENS_PER_PARAMETER = 10  # of the dense model, for every arm of its size
+
+# --- sizes of models, and kinds of run ----------------------------------------------------------
 
 
-def _model(width: int, arm: str, **changes) -> DecoderConfig:
-    return DecoderConfig(width=width, **_BACKBONE | _PAPER | FFNS[arm] | changes)
+@dataclass(frozen=True)
+class _Scale:
+    """What the runs of a profile share: fields of their configurations, beside the paper's own.
+
+    Args:
+        run: Of `LanguageModelConfig`.
+        training: Of `TrainingConfig`.
+        model: Of `DecoderConfig`.
+        depths: Layers and query heads by width; 4 and 2 at all others.
+        rates: Peak learning rate of each arm at width 64.
+    """
+
+    run: Mapping[str, Any]
+    training: Mapping[str, Any]
+    model: Mapping[str, Any] = field(default_factory=dict)
+    depths: Mapping[int, tuple[int, int]] = field(default_factory=dict)
+    rates: Mapping[str, float] = field(default_factory=dict)
 
 
-def _training(steps: int, lr: float) -> TrainingConfig:
-    """The paper's optimizer: AdamW with decay on everything, 10 % warm-up, cosine to a tenth."""
-    return TrainingConfig(
-        steps=steps,
-        lr=lr,
-        betas=(0.9, 0.999),
-        decay_all=True,
-        precision="bf16",
-        log_every=5,
-        evaluate_every=max(1, steps // 20),
-        checkpoint_every_seconds=60.0,
+@dataclass(frozen=True)
+class _Size:
+    """Models of one size that are compared, and how all of them are trained.
+
+    Args:
+        scale: The profile's.
+        model: The model of an arm: one of `FFNS`, ``gqa`` or ``wide-structured``.
+        rate: The peak learning rate of an arm.
+        tokens: At equal tokens, for a reference model of this size.
+        suffix: Of the names of the runs.
+    """
+
+    scale: _Scale
+    model: Callable[[str], DecoderConfig]
+    rate: Callable[[str], float]
+    tokens: Callable[[DecoderConfig], float]
+    suffix: str = ""
+
+    def steps(self, reference: DecoderConfig) -> int:
+        """Steps of the arms that have equal tokens."""
+        one = self.run("one", reference, 1, 1.0)
+        return math.ceil(self.tokens(reference) / one.tokens_per_step)
+
+    def plain(self, arm: str, steps: int, **changes) -> LanguageModelConfig:
+        """So many steps on fresh text; `changes` are of the run."""
+        return self.run(arm, self.model(arm), steps, self.rate(arm), **changes)
+
+    def guided(self, arm: str, reference: str) -> LanguageModelConfig:
+        """Self-guided training at the FLOPs of a reference: T steps, the first of them twice."""
+        dense, model = self.model(reference), self.model(arm)
+        steps = self.steps(dense)
+        guidance = Guidance(round(guided_share(dense, model) * steps), repeat=True)
+        name, steps = f"{arm}-guided", steps + guidance.steps
+        return self.run(name, model, steps, self.rate(name), guidance=guidance)
+
+    def equal_flops(self, arm: str, reference: str, name: str = "") -> LanguageModelConfig:
+        """More tokens, at the FLOPs of a reference."""
+        dense, model = self.model(reference), self.model(arm)
+        more = count(dense).training_flops / count(model).training_flops
+        steps = round(more * self.steps(dense))
+        return self.run(name or f"{arm}-equal-flops", model, steps, self.rate(arm))
+
+    def run(self, name: str, model: DecoderConfig, steps: int, lr: float, **changes):
+        """The paper's optimizer: decay on everything, 10 % warm-up, cosine to a tenth."""
+        training = TrainingConfig(
+            steps=steps,
+            lr=lr,
+            betas=(0.9, 0.999),
+            decay_all=True,
+            precision="bf16",
+            evaluate_every=max(1, steps // 20),
+            **self.scale.training,
+        )
+        own = {"experiment": "structured-ffn", **self.scale.run, **changes}
+        variant = f"{name}{self.suffix}"
+        return LanguageModelConfig(variant=variant, model=model, training=training, **own)
+
+
+def _width(scale: _Scale, width: int, tokens_per_parameter: float = 10, suffix: str = "") -> _Size:
+    """Models of a width, in the proportions of the paper's, trained on tokens in proportion."""
+    layers, heads = scale.depths.get(width, (4, 2))
+
+    def model(arm: str) -> DecoderConfig:
+        if arm in FFNS:
+            kind = {"heads": heads, **FFNS[arm]}
+        else:  # as in the paper's table: feed-forward layers of 4.75 times the width
+            queries = max(4, heads)
+            kind = {"heads": queries, "head_width": width // queries, "kv_heads": queries // 4}
+            kind["hidden"] = 19 * width // 4
+        if arm == "wide-structured":  # attention of half the width
+            kind |= {"heads": queries // 2, "ffn": "lowrank", "rank": width // 2}
+        shape = {"width": width, "layers": layers, "activation": "gelu_tanh"}
+        return DecoderConfig(**scale.model | shape | kind)
+
+    return _Size(
+        scale,
+        model,
+        rate=lambda arm: scale.rates[_RATED.get(arm, arm)] * 64 / width,
+        tokens=lambda reference: tokens_per_parameter * count(reference).parameters,
+        suffix=suffix,
     )
 
 
-def _steps(model: DecoderConfig, tokens_per_parameter: float = _TOKENS_PER_PARAMETER) -> int:
-    tokens = tokens_per_parameter * count(model).parameters
-    return math.ceil(tokens / (_BATCH * model.context))
+# arms that have the learning rate of another
+_RATED = {"gqa": "dense", "wide-structured": "lowrank-63", "wide-structured-guided": "lowrank-63"}
 
 
-def _run(
-    variant: str,
-    model: DecoderConfig,
-    steps: int,
-    lr: float,
-    *,
-    guidance: Guidance | None = None,
-    experiment: str = "structured-ffn",
-) -> LanguageModelConfig:
-    return LanguageModelConfig(
-        variant=variant,
-        model=model,
-        training=_training(steps, lr),
-        batch=_BATCH,
-        curve_tokens=16_384,
-        experiment=experiment,
-        guidance=guidance,
-    )
+def _paper_size(size: str) -> _Size:
+    """The paper's models and training: one rate for all arms of a size."""
+    tokens, lr = PAPER_TRAINING[size]
+
+    def model(arm: str) -> DecoderConfig:
+        name = {"dense": "", "wide-structured": "-ws"}.get(arm, f"-{arm}")
+        return paper_config(f"{size}{name}")
+
+    return _Size(_PAPER, model, lambda arm: lr, lambda reference: tokens, f"-{size}")
 
 
-def _guided(variant: str, dense: DecoderConfig, model: DecoderConfig, steps: int, lr: float):
-    """Self-guided training at the FLOPs of the dense model: T steps, the first of them twice."""
-    guided = round(guided_share(dense, model) * steps)
-    return _run(variant, model, steps + guided, lr, guidance=Guidance(guided, repeat=True))
-
-
-def _equal_flops(variant: str, dense: DecoderConfig, model: DecoderConfig, steps: int, lr: float):
-    """More tokens, at the FLOPs of the dense model."""
-    more = count(dense).training_flops / count(model).training_flops
-    return _run(variant, model, round(more * steps), lr)
+_CPU = _Scale(
+    # few sequences, so that a small model has as many steps as the paper's smallest
+    run={"batch": 16, "curve_tokens": 16_384},
+    training={"log_every": 5, "checkpoint_every_seconds": 60.0},
+    model={"vocabulary": 1024, "context": 128},
+    rates=LEARNING_RATES,
+)
+_GPU = _Scale(
+    run={
+        "batch": 64,
+        "curve_tokens": 1_048_576,
+        "source": "hub:HuggingFaceFW/fineweb:sample-10BT",
+    },
+    training={"log_every": 10, "checkpoint_every_seconds": 60.0, "accumulate": 2},
+    model={"vocabulary": 8192, "context": 512},
+    depths={256: (4, 4), 384: (6, 6), 512: (8, 8), 768: (12, 12)},
+    # not tuned: the paper's rate of its smallest model, 6e-4 at width 768
+    rates=dict.fromkeys(LEARNING_RATES, 6e-4 * 768 / 64),
+)
+# 512 sequences a step: 8 GPUs with 8 micro-batches of 8
+_PAPER = _Scale(
+    run={
+        "batch": 8,
+        "processes": 8,
+        "curve_tokens": 1_048_576,
+        "source": "hub:tiiuae/falcon-refinedweb",
+    },
+    training={"log_every": 10, "checkpoint_every_seconds": 1800.0, "accumulate": 8},
+)
+# by size: tokens, 20 for each parameter of the dense model, and the peak learning rate
+PAPER_TRAINING = {
+    "s": (2.2e9, 6e-4),
+    "m": (6.7e9, 3e-4),
+    "l": (14.58e9, 2.5e-4),
+    "xl": (25.5e9, 2e-4),
+}
 
 
 # --- structured-ffn -----------------------------------------------------------------------------
 
 
-def _compared(width: int) -> list[LanguageModelConfig]:
+def _compared(size: _Size) -> list[LanguageModelConfig]:
     """Every kind at equal tokens, and the small ones at the FLOPs of the dense model."""
-    dense, runs = _model(width, "dense"), []
-    steps = _steps(dense)
-    for arm in FFNS:
-        runs.append(_run(arm, _model(width, arm), steps, _rate(arm, width)))
+    steps = size.steps(size.model("dense"))
+    runs = [size.plain(arm, steps) for arm in FFNS]
     for arm in STRUCTURED_32:
-        common = dense, _model(width, arm), steps
-        runs.append(_guided(f"{arm}-guided", *common, _rate(f"{arm}-guided", width)))
-        runs.append(_equal_flops(f"{arm}-equal-flops", *common, _rate(arm, width)))
+        runs += [size.guided(arm, "dense"), size.equal_flops(arm, "dense")]
     return runs
 
 
-def _sized(width: int, arms=("dense", "lowrank-63", "lowrank-32")) -> list[LanguageModelConfig]:
-    """The arms of the scaling curves at one more width, at equal tokens."""
-    steps = _steps(_model(width, "dense"))
-    return [_run(f"{arm}-w{width}", _model(width, arm), steps, _rate(arm, width)) for arm in arms]
+def _curves(size: _Size) -> list[LanguageModelConfig]:
+    """The arms of the scaling curves at one more size, at equal tokens."""
+    steps = size.steps(size.model("dense"))
+    return [size.plain(arm, steps) for arm in ("dense", "lowrank-63", "lowrank-32")]
 
 
-def _wide(width: int, tokens_per_parameter: float, suffix: str = "") -> list[LanguageModelConfig]:
-    """Grouped queries against wide and structured, in the proportions of the paper's table.
-
-    Both have feed-forward layers of 4.75 times the width; wide and structured has attention of
-    half the width and LowRank of rank ``width / 2``, and as many training FLOPs.
-    """
-    sizes = {"head_width": width // 4, "kv_heads": 1, "hidden": 19 * width // 4}
-    grouped = _model(width, "dense", heads=4, **sizes)
-    wide = _model(width, "dense", heads=2, **sizes, ffn="lowrank", rank=width // 2)
-    steps, rates = _steps(grouped, tokens_per_parameter), (_rate("dense", width),)
-    rates += (_rate("lowrank-63", width),)
+def _wide(size: _Size) -> list[LanguageModelConfig]:
+    """Grouped queries against wide and structured at as many training FLOPs."""
     return [
-        _run(f"gqa{suffix}", grouped, steps, rates[0]),
-        _equal_flops(f"wide-structured{suffix}", grouped, wide, steps, rates[1]),
-        _guided(f"wide-structured-guided{suffix}", grouped, wide, steps, rates[1]),
+        size.plain("gqa", size.steps(size.model("gqa"))),
+        size.equal_flops("wide-structured", "gqa", "wide-structured"),
+        size.guided("wide-structured", "gqa"),
     ]
 
 
-def _rate(arm: str, width: int) -> float:
-    return LEARNING_RATES[arm] * 64 / width
+def _on_one_text(runs: list[LanguageModelConfig]) -> list[LanguageModelConfig]:
+    """The runs on the same stretch of a streamed text: what the longest of them needs."""
+    tokens = max(run.fresh_steps * run.tokens_per_step for run in runs)
+    return [replace(run, text_tokens=tokens) for run in runs]
 
 
 def _structured_ffn(profile: str) -> list[LanguageModelConfig]:
     if profile == "smoke":
         small = {"batch": 8, "curve_tokens": 4_096, "final_tokens": 16_384}
-        return [_shortened(config, 48, **small) for config in _compared(64)]
+        return [_shortened(config, 48, **small) for config in _compared(_width(_CPU, 64))]
     if profile == "cpu":
         return [
-            *_compared(128),
-            *_sized(64),
-            *_sized(96),
-            *_wide(128, _TOKENS_PER_PARAMETER),
-            *_wide(64, 60, "-overtrained"),
+            *_compared(_width(_CPU, 128)),
+            *_curves(_width(_CPU, 64, suffix="-w64")),
+            *_curves(_width(_CPU, 96, suffix="-w96")),
+            *_wide(_width(_CPU, 128)),
+            *_wide(_width(_CPU, 64, 60, "-overtrained")),
         ]
-    raise ValueError(f"structured-ffn has no profile {profile!r}: it has smoke and cpu")
+    if profile == "gpu":
+        return _on_one_text(
+            [
+                *_compared(_width(_GPU, 384, 20)),
+                *_wide(_width(_GPU, 384, 20)),
+                *_wide(_width(_GPU, 256, 60, "-overtrained")),
+                *_curves(_width(_GPU, 256, 20, "-w256")),
+                *_curves(_width(_GPU, 512, 20, "-w512")),
+                *_curves(_width(_GPU, 768, 20, "-w768")),
+            ]
+        )
+    runs = []
+    for size in map(_paper_size, PAPER_TRAINING):
+        wide = _wide(size) if size.suffix in ("-m", "-l") else []
+        runs += _on_one_text([*_compared(size), *wide])
+    return runs
 
 
 def _shortened(config: LanguageModelConfig, steps: int, **changes) -> LanguageModelConfig:
@@ -171,27 +276,27 @@ def _shortened(config: LanguageModelConfig, steps: int, **changes) -> LanguageMo
 
 
 def _stability(profile: str) -> list[LanguageModelConfig]:
-    dense = _model(64, "dense")
-    steps = _steps(dense)
+    size = _width(_CPU, 64)
+    steps = size.steps(size.model("dense"))
 
     def arm(variant: str, model: DecoderConfig, lr: float, guidance: Guidance | None = None):
-        run = _run(variant, model, steps, lr, guidance=guidance, experiment=_STABILITY)
+        run = size.run(variant, model, steps, lr, guidance=guidance, experiment=_STABILITY)
         return replace(run, training=replace(run.training, log_every=_FINE))
 
     def swept(name: str, model: DecoderConfig, guidance: Guidance | None = None):
         return [arm(f"{name}-lr{lr:g}", model, lr, guidance) for lr in RATES]
 
     half = Guidance(steps // 2)
-    runs = [run for name in FFNS for run in swept(name, _model(64, name))]
-    runs += swept("lowrank-32-guided", _model(64, "lowrank-32"), half)
+    runs = [run for name in FFNS for run in swept(name, size.model(name))]
+    runs += swept("lowrank-32-guided", size.model("lowrank-32"), half)
     for init in ("orthonormal", "gaussian"):
-        runs += swept(f"lowrank-32-{init}", _model(64, "lowrank-32", init=init))
+        runs += swept(f"lowrank-32-{init}", replace(size.model("lowrank-32"), init=init))
     for name in STRUCTURED_32:
-        model, lr = _model(64, name), LEARNING_RATES[name]
+        model, lr = size.model(name), LEARNING_RATES[name]
         runs.append(arm(f"{name}-halfguided", model, lr, half))
         runs.append(arm(f"{name}-halfmixed", model, lr, replace(half, stochastic=False)))
     wrong = replace(half, released_start=True)
-    model, lr = _model(64, "blockshuffle-32"), LEARNING_RATES["blockshuffle-32"]
+    model, lr = size.model("blockshuffle-32"), LEARNING_RATES["blockshuffle-32"]
     runs.append(arm("blockshuffle-32-released-guide", model, lr, wrong))
     if profile == "cpu":
         return runs
@@ -213,8 +318,10 @@ def grid(part: str, profile: str) -> dict[str, LanguageModelConfig]:
     ``structured-ffn``: dense and structured models at equal tokens; the structured ones of 32 %
     also at the dense model's FLOPs, with self-guided training (``-guided``) and with more tokens
     (``-equal-flops``); further widths (``-w64``); grouped queries against wide and structured
-    models, and both ``-overtrained``. ``structured-ffn-stability``: a width of 64 at the learning
-    rates of `RATES`, the starts of LowRank, and forms of self-guided training over the first half.
+    models, and both ``-overtrained``. At `paper` the paper's sizes (``-s``, ``-m``, ``-l``,
+    ``-xl``), 512 sequences a step on eight GPUs. ``structured-ffn-stability``: a width of 64 at
+    the learning rates of `RATES`, the starts of LowRank, and forms of self-guided training over
+    the first half.
 
     Raises:
         ValueError: When the experiment or the profile is unknown, or it has no such profile.
