@@ -1118,12 +1118,13 @@ def test_premerge_measures_each_shape_once_and_leaves_what_never_wins(monkeypatc
     model.append(model[0][0])  # a shared part
     measured = []
 
-    def measure(layers):
+    def measure(layers, *, largest):
+        assert largest == 64
         measured.append((type(layers[0]).__name__, layers[0].in_features, len(layers)))
         return 0 if isinstance(layers[0], BlockShuffle) else layers[0].in_features
 
     monkeypatch.setattr("feedforward.surgery.measure_threshold", measure)
-    assert premerge(model) is model
+    assert premerge(model, largest=64) is model
     assert sorted(measured) == [
         ("BlockDense", 12, 2),
         ("BlockShuffle", 24, 2),
@@ -1141,7 +1142,46 @@ def test_premerge_measures_each_shape_once_and_leaves_what_never_wins(monkeypatc
     assert premerge(layer, threshold=0) is layer
 
 
+def test_premerge_measures_inside_the_running_model(monkeypatch):
+    model = structured_block()
+    # up to how many tokens the dense weight of a shape is the faster one
+    wins = {(LowRank, 12): 5, (BlockShuffle, 24): 0, (BlockDense, 12): 64, (LowRank, 24): 1}
+    ran = []
+
+    def run(tokens):
+        cost = 100.0
+        for part in model[:2]:
+            for layer in part:
+                merged = layer.threshold >= tokens
+                inner = layer.layer
+                cost += (tokens - wins[type(inner), inner.in_features] - 0.5) * merged
+        ran.append(cost)
+        model(torch.randn(tokens, 12))
+
+    def interleaved(runs, *, device, rounds, seconds):
+        assert device == torch.device("cpu")
+        for way in runs.values():
+            way()
+        return {name: [cost] for name, cost in zip(runs, ran[-2:], strict=True)}
+
+    monkeypatch.setattr("feedforward.surgery.interleaved", interleaved)
+    assert premerge(model, run=run, largest=64) is model
+    layers = [layer for part in model[:2] for layer in part]
+    assert [getattr(layer, "threshold", None) for layer in layers] == [5, None, 64, 1]
+    assert type(layers[1]) is BlockShuffle
+    # with a real clock
+    real = structured_block()
+    monkeypatch.undo()
+    premerge(real, run=lambda tokens: real(torch.randn(tokens, 12)), largest=2)
+    assert all(getattr(layer, "threshold", 0) <= 2 for part in real[:2] for layer in part)
+
+
 def test_premerge_refuses_what_it_cannot_merge():
+    for changes in ({"threshold": 3}, {}):
+        model = structured_block().train(not changes)
+        with pytest.raises(ValueError, match="run measures in eval mode"):
+            premerge(model, run=print, **changes)
+        assert type(model[0][0]) is LowRank
     for model, says in (
         (nn.Linear(3, 4), "Linear has no structured layer"),
         (nn.Sequential(SelfGuided(LowRank(6, 8, rank=2), steps=3)), "release"),

@@ -5,6 +5,7 @@ import copy
 import inspect
 import os
 import shutil
+import statistics
 import tempfile
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
@@ -25,7 +26,9 @@ from feedforward.layers.structured import (
     PreMerged,
     StructuredLinear,
     measure_threshold,
+    search_threshold,
 )
+from feedforward.timing import interleaved
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -569,7 +572,13 @@ def upcycle(
     return model
 
 
-def premerge(model: nn.Module, *, threshold: int | Literal["measure"] = "measure") -> nn.Module:
+def premerge(
+    model: nn.Module,
+    *,
+    threshold: int | Literal["measure"] = "measure",
+    run: Callable[[int], object] | None = None,
+    largest: int = 1024,
+) -> nn.Module:
     """Put a ``PreMerged`` around every structured layer of a model, for generation with it.
 
     A step of decoding then multiplies by the dense weight, and the many tokens of a prompt go
@@ -581,13 +590,17 @@ def premerge(model: nn.Module, *, threshold: int | Literal["measure"] = "measure
         model: the model, changed in place. It may be a structured layer itself.
         threshold: as ``PreMerged`` takes it; ``"measure"`` measures the layers of each shape
             together, on the device that they are on.
+        run: to measure: runs the model, in eval mode, with that many tokens in flight. Both ways of
+            the layers are then timed in there, next to everything else that the model reads and
+            does, which takes longer and is right where they are close. None: by themselves.
+        largest: to measure: the largest number of tokens to try.
 
     Returns:
         The model; with a threshold the wrapped layer, if `model` was a structured layer itself.
 
     Raises:
         ValueError: a threshold that is neither a whole number from 0 nor ``"measure"``, no
-            structured layer, or one with a guide.
+            structured layer, one with a guide, or `run` with a threshold or in training mode.
 
     >>> block = nn.Sequential(LowRank(16, 64, rank=4), nn.GELU(), LowRank(64, 16, rank=4))
     >>> premerge(block.eval(), threshold=16)[0]
@@ -596,6 +609,11 @@ def premerge(model: nn.Module, *, threshold: int | Literal["measure"] = "measure
       (layer): LowRank(in_features=16, out_features=64, rank=4, bias=True, init='spectral')
     )
     """
+    if run is not None and (threshold != "measure" or model.training):
+        raise ValueError(
+            f"run measures in eval mode; threshold is {threshold!r} and training {model.training}: "
+            'give threshold="measure" and call model.eval()'
+        )
     if any(isinstance(module, SelfGuided) for module in model.modules()):
         raise ValueError(
             f"{type(model).__name__} has guided layers; drop the guides first with "
@@ -621,12 +639,45 @@ def premerge(model: nn.Module, *, threshold: int | Literal["measure"] = "measure
         shapes.setdefault(_shape(layer), []).append(layer)
     wrapped: dict[StructuredLinear, nn.Module] = {}
     for alike in shapes.values():
-        tokens = measure_threshold(alike) if threshold == "measure" else threshold
+        tokens = threshold
+        if threshold == "measure":
+            tokens = measure_threshold(alike, largest=largest) if run is None else 0
         for layer in alike:
-            wrapped[layer] = PreMerged(layer, threshold=tokens) if tokens != 0 else layer
-    for place, layer in zip(places, layers, strict=False):
-        setattr(place.owner, place.name, wrapped[layer])
+            keep = tokens == 0 and run is None
+            wrapped[layer] = layer if keep else PreMerged(layer, threshold=tokens)
+
+    def put() -> None:
+        for place, layer in zip(places, layers, strict=False):
+            setattr(place.owner, place.name, wrapped[layer])
+
+    put()
+    if run is not None:
+        for alike in shapes.values():
+            merged = [wrapped[layer] for layer in alike]
+            _measure_in_place(merged, run, largest)
+            if merged[0].threshold == 0:
+                wrapped |= {layer: layer for layer in alike}
+        put()
     return wrapped.get(model, model)
+
+
+def _measure_in_place(merged: Sequence[PreMerged], run: Callable[[int], object], largest: int):
+    """Set the threshold of layers of one shape, with which the whole model is the fastest."""
+
+    def use(threshold: int) -> None:
+        for layer in merged:
+            layer.threshold = threshold
+
+    def way(threshold: int, tokens: int) -> None:
+        use(threshold)
+        run(tokens)
+
+    def ratio(tokens: int) -> float:
+        runs = {True: partial(way, tokens, tokens), False: partial(way, 0, tokens)}
+        times = interleaved(runs, device=merged[0].layer.v.device, rounds=11, seconds=2.0)
+        return statistics.median(times[True]) / statistics.median(times[False])
+
+    use(search_threshold(ratio, largest=largest))
 
 
 def _shape(layer: StructuredLinear) -> tuple:

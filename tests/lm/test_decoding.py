@@ -8,7 +8,14 @@ import torch
 
 from feedforward import BlockDense, BlockShuffle, LowRank, PreMerged, premerge
 from feedforward.lm import decoding
-from feedforward.lm.decoding import Throughput, compare_throughput, generate, max_throughput, sample
+from feedforward.lm.decoding import (
+    Throughput,
+    compare_throughput,
+    generate,
+    max_throughput,
+    premerge_decoder,
+    sample,
+)
 from feedforward.lm.model import Decoder, DecoderConfig
 
 # wide enough weights that greedy decoding does not say the same token for ever
@@ -272,6 +279,28 @@ def test_a_premerged_model_generates_the_same(name, monkeypatch):
     taken.clear()
     generate(merged, prompts(1, 1, 1, 1), 2)
     assert taken == 8 * [("called", 4), ("structured", 4)]
+
+
+def test_thresholds_are_measured_in_steps_of_decoding(monkeypatch):
+    model, seen = decoder("lowrank"), []
+    states = model.states
+    monkeypatch.setattr(
+        model, "states", lambda new, **how: (seen.append(new.shape), states(new, **how))[1]
+    )
+    monkeypatch.setattr(
+        decoding, "premerge", lambda model, *, run, largest: (run(3), run(largest), model)[-1]
+    )
+    assert premerge_decoder(model, largest=5) is model
+    assert seen == 4 * [(3, 1)] + 4 * [(5, 1)]
+    monkeypatch.undo()
+    tokens = torch.stack(prompts(4, 4))
+    plain = generate(model, tokens, 6, temperature=0)
+    premerge_decoder(model, largest=1)
+    assert torch.equal(generate(model, tokens, 6, temperature=0), plain)
+    with pytest.raises(ValueError, match="eval mode"):
+        premerge_decoder(decoder("lowrank").train())
+    with pytest.raises(ValueError, match="no structured layer"):
+        premerge_decoder(decoder("dense"))
 
 
 # throughput

@@ -2,7 +2,7 @@
 
 import math
 import statistics
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Literal, Self
 
 import torch
@@ -642,9 +642,8 @@ def measure_threshold(
 ) -> int:
     """Up to how many tokens dense weights are faster than V and U on this device now.
 
-    Both ways are timed turn and turn about for 1, 2, 4, ... tokens until V and U have clearly won
-    twice in a row, and then between the last of these numbers that the dense weight won and the
-    next. Explained in ``book/structured-ffn/04-decoding``.
+    Both ways are timed turn and turn about, and `search_threshold` looks where they cross.
+    Explained in ``book/structured-ffn/04-decoding``.
 
     Args:
         layers: layers of one shape, which run one after the other, as those of a model do: a single
@@ -653,16 +652,15 @@ def measure_threshold(
         rounds: how often each way is timed for each number of tokens.
 
     Returns:
-        The threshold with which the slower way is taken least: where it is wrong for a number of
-        tokens that was timed, the worst loss is as small as can be. 0 never uses the dense weight.
+        As `search_threshold`.
 
     Raises:
         ValueError: If a layer is not structured, there is none, one is on the meta device, which
             computes nothing, or `largest` or `rounds` are too small.
     """
     layers = list(layers)
-    if not layers or largest < 1:
-        raise ValueError(f"{len(layers)} layers and largest = {largest}; give at least 1 of each")
+    if not layers:
+        raise ValueError("there are no layers to measure; give at least one")
     for layer in layers:
         check_structured(layer)
         if layer.v.is_meta:
@@ -686,18 +684,40 @@ def measure_threshold(
         times = interleaved(runs, device=device, rounds=rounds, seconds=0.5, turn=0.002)
         return statistics.median(times["merged"]) / statistics.median(times["structured"])
 
-    ratios: dict[int, float] = {}
-    tokens, lost = 1, 0
+    return search_threshold(ratio, largest=largest)
+
+
+def search_threshold(ratio: Callable[[int], float], *, largest: int = 1024) -> int:
+    """Up to how many tokens the dense weight should be used.
+
+    Asks for 1, 2, 4, ... tokens until V and U have clearly won twice in a row, and then between the
+    last of these numbers that the dense weight should be used for and the next.
+
+    Args:
+        ratio: of a number of tokens, the time with the dense weight over that with V and U.
+        largest: the largest number of tokens to ask for.
+
+    Returns:
+        The threshold with the least time over all numbers of tokens that were asked for, each
+        counted by its ratio, so that one number that was timed badly decides little. 0 never uses
+        the dense weight.
+
+    Raises:
+        ValueError: If `largest` is below 1.
+
+    >>> search_threshold(lambda tokens: tokens / 23)
+    23
+    """
+    if largest < 1:
+        raise ValueError(f"largest is {largest}; give at least 1 token")
+    tokens, lost, total = 1, 0, {0: 0.0}  # log of the time, relative to always using V and U
     while tokens <= largest and lost < 2:
-        ratios[tokens] = ratio(tokens)
-        lost = lost + 1 if ratios[tokens] > 1.05 else 0
+        r = ratio(tokens)
+        total[tokens] = total[tokens // 2] + math.log(r)
+        lost = lost + 1 if r > 1.02 else 0
         tokens *= 2
-
-    def worst(threshold: int) -> float:
-        return max(r if tokens <= threshold else 1 / r for tokens, r in ratios.items())
-
-    threshold = min((0, *ratios), key=worst)
-    beyond = 2 * threshold if 2 * threshold in ratios else threshold + 1
+    threshold = min(total, key=total.get)
+    beyond = 2 * threshold if 2 * threshold in total else threshold + 1
     while beyond - threshold > 1:
         middle = (threshold + beyond) // 2
         threshold, beyond = (middle, beyond) if ratio(middle) <= 1 else (threshold, middle)

@@ -12,6 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from feedforward.lm.model import Decoder, KeyValueCache
+from feedforward.surgery import premerge
 from feedforward.timing import interleaved
 
 Generators = torch.Generator | Sequence[torch.Generator] | None
@@ -218,6 +219,34 @@ def _end(row: Tensor, start: int, stop: int | None) -> int:
     """Where a row ends: after the first `stop` among what was added, if there is one."""
     stops = (row[start:] == stop).nonzero() if stop is not None else row[:0]
     return start + int(stops[0]) + 1 if len(stops) else len(row)
+
+
+def premerge_decoder(model: Decoder, *, largest: int = 64) -> Decoder:
+    """Pre-merge the structured layers of a decoder, with thresholds from its own steps.
+
+    Which way is faster depends on what else is read in a step and pushes weights out of the
+    processor's caches, so both are timed in generation itself. A layer whose dense weight does not
+    pay stays as it is. See ``feedforward.surgery.premerge``. Explained in
+    ``book/structured-ffn/04-decoding``.
+
+    Args:
+        model: The decoder, in eval mode and on the device that it will run on; it is changed.
+        largest: The most rows that it will generate at once; with more the dense weight is not
+            used.
+
+    Returns:
+        The decoder.
+
+    Raises:
+        ValueError: When it has no structured layers, or is in training mode.
+    """
+
+    def run(rows: int) -> None:
+        # prompts of one token: as many tokens in flight as rows, always
+        first = torch.zeros(rows, 1, dtype=torch.long)
+        generate(model, first, min(4, model.config.context - 1), temperature=0)
+
+    return premerge(model, run=run, largest=largest)
 
 
 # --- throughput ---------------------------------------------------------------------------------
