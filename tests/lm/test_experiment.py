@@ -385,14 +385,14 @@ def test_a_repeated_phase_sees_the_first_data_again(guided, seen):
 
 
 @pytest.mark.parametrize("processes", [1, 3])
-def test_every_process_repeats_its_own_data(guided, processes, monkeypatch):
+def test_every_process_repeats_its_own_data(guided, processes):
     """`train` gives micro-batch m of step s in process r the index (2s + m) * processes + r."""
-    monkeypatch.setenv("WORLD_SIZE", str(processes))
-    order = experiment._order(guided, lambda index: index)
+    shared = dataclasses.replace(guided, processes=processes)
+    order = experiment._order(shared, lambda index: index)
     per_step = 2 * processes
     indices = [order(index) for index in range(12 * per_step)]
     assert indices == [*range(8 * per_step), *range(4 * per_step)]
-    plain = changed(guided, repeat=False)
+    plain = changed(shared, repeat=False)
     assert experiment._order(plain, lambda index: index)(11 * per_step) == 11 * per_step
 
 

@@ -298,8 +298,8 @@ def _texts(configs: list[LanguageModelConfig]) -> list[str]:
         if config.text_tokens:
             streamed.setdefault(config.source, set()).add(config.text_tokens)
     return [
-        f"text: {source}, streamed and encoded by the first run that needs it, for every size "
-        f"anew: {', '.join(f'{n / 1e9:.2f}' for n in sorted(numbers))} B tokens of 2 bytes."
+        f"text: {source}, streamed and encoded once for each length, by the first run that needs "
+        f"it: {', '.join(f'{n / 1e9:.2f}' for n in sorted(numbers))} B tokens of 2 bytes."
         for source, numbers in streamed.items()
     ]
 

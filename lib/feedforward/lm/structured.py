@@ -86,9 +86,9 @@ class _Size:
         one = self.run("one", reference, 1, 1.0)
         return math.ceil(self.tokens(reference) / one.tokens_per_step)
 
-    def plain(self, arm: str, steps: int, **changes) -> LanguageModelConfig:
-        """So many steps on fresh text; `changes` are of the run."""
-        return self.run(arm, self.model(arm), steps, self.rate(arm), **changes)
+    def plain(self, arm: str, steps: int) -> LanguageModelConfig:
+        """So many steps, all on fresh text."""
+        return self.run(arm, self.model(arm), steps, self.rate(arm))
 
     def guided(self, arm: str, reference: str) -> LanguageModelConfig:
         """Self-guided training at the FLOPs of a reference: T steps, the first of them twice."""
@@ -252,6 +252,7 @@ def _structured_ffn(profile: str) -> list[LanguageModelConfig]:
                 *_wide(_width(_GPU, 256, 60, "-overtrained")),
                 *_curves(_width(_GPU, 256, 20, "-w256")),
                 *_curves(_width(_GPU, 512, 20, "-w512")),
+                # three quarters of what all together cost
                 *_curves(_width(_GPU, 768, 20, "-w768")),
             ]
         )
