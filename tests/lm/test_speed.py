@@ -1,4 +1,4 @@
-"""Timing of layers: the sizes of the paper, ratios of medians, records that the claims can read."""
+"""Timing: sizes of the paper, ratios of what was timed together, records as claims read them."""
 
 import dataclasses
 import json
@@ -8,15 +8,22 @@ import pytest
 import torch
 
 from feedforward import claims, count, timing
+from feedforward.layers import structured
 from feedforward.layers.cost import PAPER_SHAPES
-from feedforward.lm import speed
+from feedforward.layers.structured import LowRank, PreMerged
+from feedforward.lm import decoding, speed
+from feedforward.lm.decoding import Throughput
+from feedforward.lm.model import Decoder, DecoderConfig
 from feedforward.lm.speed import (
     LAYERS,
     PUBLISHED_SPEED,
+    PUBLISHED_THROUGHPUT,
+    DecodingSpeedConfig,
     SpeedConfig,
+    decoding_rows,
     feed_forward,
     grid,
-    rows,
+    layer_rows,
     run,
 )
 from feedforward.profiles import PROFILES, load_experiment
@@ -30,6 +37,36 @@ TINY = {
     "training_reference": (12, 2),
     "rounds": 3,
 }
+
+
+MODEL = {"vocabulary": 31, "width": 16, "layers": 2, "heads": 2, "context": 8}
+LOWRANK = DecoderConfig(**MODEL, ffn="lowrank", rank=4)
+MERGING = DecodingSpeedConfig(
+    "premerged-32",
+    LOWRANK,
+    "dense",
+    DecoderConfig(**MODEL),
+    prompt=1,
+    length=2,
+    batches=(1, 3),
+    at=3,
+    structured="lowrank-32",
+    rounds=3,
+)
+SEARCHING = DecodingSpeedConfig(
+    "wide-structured", LOWRANK, "gqa", DecoderConfig(**MODEL), prompt=2, length=3, batches=(1, 2, 4)
+)
+
+
+@pytest.fixture
+def quick(monkeypatch):
+    """No turn is repeated, so that a measurement is over at once."""
+
+    def interleaved(runs, **options):
+        return timing.interleaved(runs, **options | {"rounds": 3, "turn": 0.0})
+
+    for module in (speed, decoding, structured):
+        monkeypatch.setattr(module, "interleaved", interleaved)
 
 
 @pytest.fixture
@@ -52,12 +89,12 @@ def clock(monkeypatch):
 @pytest.mark.parametrize("variant", LAYERS)
 @pytest.mark.parametrize("size", ["s", "m", "l", "xl"])
 def test_layers_have_the_sizes_of_the_paper(size, variant):
-    dense, structured = PAPER_SHAPES[size], PAPER_SHAPES[f"{size}-{variant}"]
+    dense, smaller = PAPER_SHAPES[size], PAPER_SHAPES[f"{size}-{variant}"]
     ffn = feed_forward(variant, dense.width, device="meta")
     assert ffn.up.out_features == ffn.down.in_features == dense.hidden
     for name in ("rank", "blocks"):
         sizes = {getattr(layer, name, None) for layer in (ffn.up, ffn.down)}
-        assert sizes == {getattr(structured, name)}
+        assert sizes == {getattr(smaller, name)}
 
 
 def test_the_dense_layer_is_dense():
@@ -73,8 +110,8 @@ def test_an_unknown_layer_names_those_there_are(name):
 
 
 @pytest.mark.parametrize("variant", LAYERS)
-def test_a_run_times_a_layer_and_the_dense_one(variant, monkeypatch):
-    monkeypatch.setattr(speed, "interleaved", partial(timing.interleaved, turn=0.0))
+@pytest.mark.usefixtures("quick")
+def test_a_run_times_a_layer_and_the_dense_one(variant):
     record = run(SpeedConfig(variant, **TINY), progress=False, device="cpu")
     assert (record.experiment, record.variant) == ("structured-ffn-speed", variant)
     assert record.metrics["microseconds"].keys() == {"dense", variant}
@@ -85,8 +122,8 @@ def test_a_run_times_a_layer_and_the_dense_one(variant, monkeypatch):
         ):
             assert table.keys() == {"12", "32"}
             assert all(cells.keys() == tokens for cells in table.values())
-    assert len(rows(record)) == 2 * 2 + 2 * 1
-    for row in rows(record):
+    assert len(layer_rows(record)) == 2 * 2 + 2 * 1
+    for row in layer_rows(record):
         assert row["speed"] == pytest.approx(row["dense microseconds"] / row["microseconds"])
 
 
@@ -94,7 +131,7 @@ def test_speed_is_the_ratio_of_the_medians(clock):
     record = run(SpeedConfig("lowrank-32", **TINY), progress=False, device="cpu")
     bound = {"12": 3.2, "32": 3.2}
     assert record.metrics["bound"] == pytest.approx(bound)
-    for row in rows([record]):
+    for row in layer_rows([record]):
         assert row["speed"] == pytest.approx(3.2)
         assert row["bound"] == pytest.approx(3.2)
         flops = 2 * 8 * row["width"] ** 2 * row["tokens"] * (3 if row["pass"] == "training" else 1)
@@ -121,6 +158,104 @@ def test_a_run_takes_its_threads_and_gives_them_back(clock):
     config = SpeedConfig("lowrank-63", **TINY, threads=before + 1)
     assert run(config, progress=False, device="cpu").provenance.threads == before + 1
     assert torch.get_num_threads() == before
+
+
+@pytest.mark.usefixtures("quick")
+def test_a_run_times_generation_with_and_without_merging():
+    record = run(MERGING, progress=False, device="cpu")
+    m = record.metrics
+    names = {"dense", "lowrank-32", "merged", "premerged-32"}
+    assert m["tokens per second"].keys() == m["best batch"].keys() == names
+    assert all(rates.keys() == {"1", "3"} for rates in m["tokens per second"].values())
+    rates = {name: rates["3"] for name, rates in m["tokens per second"].items()}
+    ratio = rates["premerged-32"] / rates["dense"]
+    assert m["speed of decoding over dense"] == pytest.approx(ratio)
+    assert m["thresholds"].keys() == {"up", "down"}
+    table = decoding_rows([record])
+    assert len(table) == 4 * 2
+    assert {row["speed"] for row in table if row["model"] == "dense"} == {1.0}
+    (row,) = [r for r in table if (r["model"], r["batch"]) == ("premerged-32", 3)]
+    assert row["speed"] == pytest.approx(ratio)
+    assert layer_rows(record) == []
+
+
+def test_merged_models_are_the_structured_one(quick, monkeypatch):
+    given = {}
+
+    def premerge(model, *, threshold):
+        given[threshold] = model
+        return speed_premerge(model, threshold=5 if threshold == "measure" else threshold)
+
+    def compare(models, *, prompt, length, batches, rounds):
+        assert (prompt, length, rounds) == (1, 2, 3)
+        assert all(not model.training for model in models.values())
+        kinds = {name: type(model.blocks[1].ffn.up) for name, model in models.items()}
+        assert kinds == {
+            "dense": torch.nn.Linear,
+            "lowrank-32": LowRank,
+            "merged": PreMerged,
+            "premerged-32": PreMerged,
+        }
+        tokens = torch.arange(6).view(2, 3)
+        with torch.no_grad():
+            logits = [models[name](tokens) for name in ("lowrank-32", "merged", "premerged-32")]
+        torch.testing.assert_close(logits[0], logits[1])
+        torch.testing.assert_close(logits[0], logits[2])
+        return {name: Throughput(prompt, length, {batches[0]: 1.0}, "batches") for name in models}
+
+    speed_premerge = speed.premerge
+    monkeypatch.setattr(speed, "premerge", premerge)
+    monkeypatch.setattr(speed, "compare_throughput", compare)
+    record = run(MERGING, progress=False, device="cpu")
+    assert given.keys() == {3, "measure"}  # every step of the largest batch is merged
+    assert record.metrics["thresholds"] == {"up": 5, "down": 5}
+
+
+def test_without_a_batch_each_model_has_its_best(monkeypatch):
+    def compare(models, *, batches, **options):
+        assert batches == (1, 2, 4)
+        seconds = {"gqa": {1: 1.0, 2: 1.0, 4: 4.0}, "wide-structured": {1: 1.0, 2: 2.0, 4: 1.0}}
+        return {name: Throughput(2, 3, seconds[name], "slower") for name in models}
+
+    monkeypatch.setattr(speed, "compare_throughput", compare)
+    record = run(SEARCHING, progress=False, device="cpu")
+    assert record.metrics["best batch"] == {"gqa": 2, "wide-structured": 4}
+    assert record.metrics["maximum tokens per second"] == {"gqa": 6.0, "wide-structured": 12.0}
+    assert record.metrics["speed of decoding over gqa"] == 2.0
+    assert "thresholds" not in record.metrics
+
+
+def test_a_model_that_stopped_early_has_no_ratio_beyond(monkeypatch):
+    seconds = {"gqa": {1: 1.0}, "wide-structured": {1: 1.0, 2: 1.0}}
+
+    def compare(models, **options):
+        return {name: Throughput(2, 3, seconds[name], "memory") for name in models}
+
+    monkeypatch.setattr(speed, "compare_throughput", compare)
+    table = decoding_rows(run(SEARCHING, progress=False, device="cpu"))
+    assert [row["speed"] for row in table] == [1.0, 1.0, None]
+    seconds["gqa"] = {}
+    with pytest.raises(ValueError, match="gqa has no room for 1 rows on cpu; give smaller"):
+        run(SEARCHING, progress=False, device="cpu")
+
+
+@pytest.mark.parametrize(
+    ("config", "changes", "message"),
+    [
+        (MERGING, {"at": 2}, r"at is 2; give one of the batches \(1, 3\)"),
+        (MERGING, {"batches": (3, 1)}, "batches is"),
+        (MERGING, {"dtype": "int8"}, "there is no dtype"),
+        (MERGING, {"rounds": 2}, "3 rounds"),
+        (MERGING, {"against": "merged"}, "give each model its own"),
+        (MERGING, {"model": DecoderConfig(**MODEL)}, "pre-merge is of structured layers"),
+        (SEARCHING, {"variant": "gqa"}, "give each model its own"),
+        (SEARCHING, {"length": 7}, "the context of 8"),
+        (SEARCHING, {"prompt": 0}, "at least 1"),
+    ],
+)
+def test_a_bad_comparison_says_what_is_allowed(config, changes, message):
+    with pytest.raises(ValueError, match=message):
+        dataclasses.replace(config, **changes)
 
 
 def test_seeds_repeat_the_measurement(clock):
@@ -181,20 +316,53 @@ def test_the_grid_knows_its_part_and_its_profiles():
     with pytest.raises(ValueError, match="there is no part 'structured-ffn'"):
         grid("structured-ffn", "smoke")
     for profile in PROFILES.keys() - {"paper"}:
-        for config in grid("structured-ffn-speed", profile).values():
+        for name, config in grid("structured-ffn-speed", profile).items():
+            assert name == config.variant
             json.dumps(plain_config(config))
 
 
-def test_claims_read_what_the_runs_give(clock):
+@pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu"])
+def test_models_of_the_grid_are_in_the_proportions_of_the_paper(profile):
+    configs = grid("structured-ffn-speed", profile)
+    merging, wide = configs["premerged-32"], configs["wide-structured"]
+    assert merging.at <= 16
+    assert merging.prompt == 1
+    assert merging.model.rank == merging.model.width // 4
+    grouped = wide.reference
+    assert grouped.heads * grouped.per_head == grouped.width == 2 * wide.model.rank
+    assert wide.model.heads * wide.model.per_head == grouped.width // 2
+    assert wide.model.key_heads == grouped.key_heads == grouped.heads // 4
+    assert wide.model.ffn_hidden == grouped.ffn_hidden == 19 * grouped.width // 4
+    with torch.device("meta"):
+        for config in (merging.model, merging.reference, wide.model, wide.reference):
+            Decoder(dataclasses.replace(config, layers=2))
+
+
+def test_the_wide_models_of_the_gpu_are_those_that_the_paper_timed():
+    gpu = grid("structured-ffn-speed", "gpu")
+    timed = {"m": gpu["wide-structured"], "l": gpu["wide-structured-l"]}
+    for published in PUBLISHED_THROUGHPUT:
+        assert published.variant in ("dense", timed["m"].variant, timed["m"].against)
+        assert published.mark in claims.MARKS
+    for size, config in timed.items():
+        parameters = count(config.reference).parameters, count(config.model).parameters
+        printed = {"m": (335e6, 219e6), "l": (729e6, 464e6)}[size]
+        assert parameters == pytest.approx(printed, rel=0.01)
+
+
+@pytest.mark.usefixtures("quick")
+def test_claims_read_what_the_runs_give():
     """Every claim on speed is about a variant of the grid and a number of its records."""
     gpu = grid("structured-ffn-speed", "gpu")
+    small = {name: dataclasses.replace(gpu[name], **TINY) for name in LAYERS}
+    small |= {config.variant: config for config in (MERGING, SEARCHING)}
     numbers = {
-        name: run(dataclasses.replace(config, **TINY), progress=False, device="cpu").metrics
-        for name, config in gpu.items()
+        name: run(config, progress=False, device="cpu").metrics for name, config in small.items()
     }
+    assert small.keys() <= gpu.keys()
     for claim in claims.load_claims():
         for statistic in claim.statistics:
-            if statistic.experiment == "structured-ffn-speed" and claim.id == "ffn-2":
+            if statistic.experiment == "structured-ffn-speed":
                 assert claim.profile == "gpu"
                 assert statistic.null == 1.0
                 for arm in statistic.arms:
