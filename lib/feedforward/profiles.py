@@ -101,6 +101,7 @@ EXPERIMENTS = {
     "structured-ffn": "feedforward.lm.structured",
     "structured-ffn-stability": "feedforward.lm.structured",
     "structured-ffn-speed": "feedforward.lm.speed",
+    "structured-ffn-images": "feedforward.images",
 }
 
 
