@@ -14,7 +14,7 @@ import time
 from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, replace
 from functools import partial
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import nn
@@ -41,7 +41,8 @@ _DTYPES = ("float32", "bfloat16", "float16")
 # --- what the paper printed ---------------------------------------------------------------------
 
 
-class PublishedSpeed(NamedTuple):
+@dataclass(frozen=True)
+class PublishedSpeed:
     """A speed-up over dense that the paper gives, on an A100 in bfloat16.
 
     Attributes:
@@ -74,7 +75,8 @@ PUBLISHED_SPEED = (
 )
 
 
-class PublishedThroughput(NamedTuple):
+@dataclass(frozen=True)
+class PublishedThroughput:
     """New tokens a second that the paper gives, the most over all batch sizes.
 
     Attributes:
