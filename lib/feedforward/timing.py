@@ -2,7 +2,7 @@
 
 A ratio of two times means something only when both were taken in one process, turn and turn about:
 whatever else the machine does then hits both alike. The book uses it in
-``book/foundations/03-structured-matrices`` and ``book/structured-ffn/01-cost``.
+``book/foundations/03-structured-matrices`` and ``book/structured-ffn/01-cost-and-speed``.
 """
 
 import math
