@@ -63,7 +63,14 @@ ARMS = {
 }
 
 # what follows an arm's name in a variant, such as the 63 of lowrank-63 -> the dash of its line
-_DASHES = {"63": "--", "guided": "-.", "unbalanced": "--", "matched": "--"}
+_DASHES = {
+    "63": "--",
+    "guided": "-.",
+    "orthonormal": "--",
+    "gaussian": ":",
+    "unbalanced": "--",
+    "matched": "--",
+}
 
 
 def style() -> None:
