@@ -100,6 +100,14 @@ def test_interval_over_seeds_decides(a, expected):
     assert judge(difference(), arm("a", a) + arm("b", [0.0, 0.0, 0.0])).verdict == expected
 
 
+@pytest.mark.parametrize("band", [(0.0, INF), (-INF, 0.0)])
+def test_what_never_happened_decides_no_direction(band):
+    """Spikes are counted in two arms, and there is none: neither has fewer."""
+    result = judge(difference(band), arm("a", [0, 0, 0]) + arm("b", [0, 0, 0]))
+    assert result.verdict == "inconclusive"
+    assert "equal in every run" in result.reason
+
+
 def test_no_effect_can_be_claimed_too():
     same, apart = arm("a", [5.0, 5.01, 4.99]), arm("a", [7.0, 7.01, 6.99])
     statistic = difference(band=(-0.5, 0.5))

@@ -386,8 +386,9 @@ def verdicts(claims: Iterable[Claim], records: Iterable[Record]) -> list[Verdict
        with three seeds or more are used (else of the largest with every arm); profiles are never
        mixed. No such records: *not run*.
     2. Records below the claim's least scale: *needs more scale*.
-    3. A metric that is not finite, or fewer than three seeds: *inconclusive*. A run that diverged
-       is never left out, since that would flatter its arm.
+    3. A metric that is not finite, fewer than three seeds, or a claimed direction where the arms are
+       equal in every run (such as no spike in either): *inconclusive*. A run that diverged is never
+       left out, since that would flatter its arm.
     4. Otherwise the 95 % interval decides, as :func:`decide` says.
 
     The interval is a t interval over seeds, of paired values where the arms share three seeds or
@@ -610,6 +611,9 @@ def _judge(statistic: Statistic, arms: _Arms) -> tuple[str, str, float, float, f
     low, high = _interval(statistic, mean, sum(part for part, _ in parts), _quantile(parts))
     if not low <= high:
         return "inconclusive", "no gap is established", estimate, math.nan, math.nan
+    if low == high == statistic.null and statistic.null in statistic.band:
+        reason = "equal in every run, so that nothing was put to the test"
+        return "inconclusive", reason, estimate, low, high
     verdict = decide(low, high, statistic.band, statistic.null)
     return verdict, _REASONS[verdict], estimate, low, high
 
