@@ -386,9 +386,9 @@ def verdicts(claims: Iterable[Claim], records: Iterable[Record]) -> list[Verdict
        with three seeds or more are used (else of the largest with every arm); profiles are never
        mixed. No such records: *not run*.
     2. Records below the claim's least scale: *needs more scale*.
-    3. A metric that is not finite, fewer than three seeds, or a claimed direction where the arms are
-       equal in every run (such as no spike in either): *inconclusive*. A run that diverged is never
-       left out, since that would flatter its arm.
+    3. A metric that is not finite, fewer than three seeds, or a claimed direction where the arms
+       are equal in every run (such as no spike in either): *inconclusive*. A run that diverged is
+       never left out, since that would flatter its arm.
     4. Otherwise the 95 % interval decides, as :func:`decide` says.
 
     The interval is a t interval over seeds, of paired values where the arms share three seeds or

@@ -26,8 +26,12 @@ GROUPS = {
 }
 EQUAL_FLOPS = {
     "dense": [f"{arm}-{form}" for arm in STRUCTURED_32 for form in ("guided", "equal-flops")],
-    "gqa": ["wide-structured", "wide-structured-guided"],
-    "gqa-overtrained": ["wide-structured-overtrained", "wide-structured-guided-overtrained"],
+    "gqa": ["gqa-small", "wide-structured", "wide-structured-guided"],
+    "gqa-overtrained": [
+        "gqa-small-overtrained",
+        "wide-structured-overtrained",
+        "wide-structured-guided-overtrained",
+    ],
 }
 equal_flops = pytest.mark.parametrize(
     ("reference", "name"), [(one, name) for one, names in EQUAL_FLOPS.items() for name in names]
@@ -228,7 +232,7 @@ def test_every_arm_has_a_rate_of_the_sweep_that_falls_with_the_width():
     assert sorted(RATES) == list(RATES)
     for name, arm in CPU.items():
         kind = name.partition("-w")[0].removesuffix("-overtrained").removesuffix("-equal-flops")
-        kind = {"gqa": "dense"}.get(kind, kind)
+        kind = {"gqa": "dense", "gqa-small": "dense"}.get(kind, kind)
         if name.startswith("wide-structured"):
             kind = "lowrank-63"
         assert arm.training.lr == pytest.approx(LEARNING_RATES[kind] * 64 / arm.model.width), name

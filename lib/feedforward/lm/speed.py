@@ -4,8 +4,8 @@
 it and returns its record, ``layer_rows`` and ``decoding_rows`` make tables of records. A time means
 little by itself, so every run times its layer or model together with what it replaces, turn and
 turn about, and the record holds the ratios. The seeds are repetitions of the whole measurement, and
-an interval over them is the noise of timing. The chapters ``book/structured-ffn/01-cost-and-speed`` and
-``book/structured-ffn/04-decoding`` show the results.
+an interval over them is the noise of timing. The chapters
+``book/structured-ffn/01-cost-and-speed`` and ``book/structured-ffn/04-decoding`` show the results.
 """
 
 import copy

@@ -69,7 +69,8 @@ class _Size:
 
     Args:
         scale: The profile's.
-        model: The model of an arm: one of `FFNS`, ``gqa`` or ``wide-structured``.
+        model: The model of an arm: one of `FFNS`, ``gqa``, ``wide-structured``, or ``gqa-small``,
+            which is not among the paper's: as large as the one before, and dense.
         rate: The peak learning rate of an arm.
         tokens: At equal tokens, for a reference model of this size.
         suffix: Of the names of the runs.
@@ -135,7 +136,10 @@ def _width(scale: _Scale, width: int, tokens_per_parameter: float = 10, suffix: 
         if arm == "wide-structured":  # attention of half the width
             kind |= {"heads": queries // 2, "ffn": "lowrank", "rank": width // 2}
         shape = {"width": width, "layers": layers, "activation": "gelu_tanh"}
-        return DecoderConfig(**scale.model | shape | kind)
+        made = DecoderConfig(**scale.model | shape | kind)
+        if arm == "gqa-small":
+            return _as_large_as(model("wide-structured"), made)
+        return made
 
     return _Size(
         scale,
@@ -146,8 +150,19 @@ def _width(scale: _Scale, width: int, tokens_per_parameter: float = 10, suffix: 
     )
 
 
+def _as_large_as(other: DecoderConfig, model: DecoderConfig) -> DecoderConfig:
+    """The model with the hidden width at which it has as many parameters as the other."""
+    one, two = (count(replace(model, hidden=hidden)).parameters for hidden in (1, 2))
+    return replace(model, hidden=1 + round((count(other).parameters - one) / (two - one)))
+
+
 # arms that have the learning rate of another
-_RATED = {"gqa": "dense", "wide-structured": "lowrank-63", "wide-structured-guided": "lowrank-63"}
+_RATED = {
+    "gqa": "dense",
+    "gqa-small": "dense",
+    "wide-structured": "lowrank-63",
+    "wide-structured-guided": "lowrank-63",
+}
 
 
 def _paper_size(size: str) -> _Size:
@@ -217,11 +232,16 @@ def _curves(size: _Size) -> list[LanguageModelConfig]:
     return [size.plain(arm, steps) for arm in ("dense", "lowrank-63", "lowrank-32")]
 
 
-def _wide(size: _Size) -> list[LanguageModelConfig]:
-    """Grouped queries against wide and structured at as many training FLOPs."""
+def _wide(size: _Size, *, control: bool = True) -> list[LanguageModelConfig]:
+    """Grouped queries against wide and structured at as many training FLOPs.
+
+    The control is a small dense model with as many parameters and as many FLOPs as the structured
+    one: what it gains too comes from more tokens and not from structure.
+    """
+    small = ("gqa-small", "wide-structured") if control else ("wide-structured",)
     return [
         size.plain("gqa", size.steps(size.model("gqa"))),
-        size.equal_flops("wide-structured", "gqa", "wide-structured"),
+        *(size.equal_flops(arm, "gqa", arm) for arm in small),
         size.guided("wide-structured", "gqa"),
     ]
 
@@ -258,7 +278,7 @@ def _structured_ffn(profile: str) -> list[LanguageModelConfig]:
         )
     runs = []
     for size in map(_paper_size, PAPER_TRAINING):
-        wide = _wide(size) if size.suffix in ("-m", "-l") else []
+        wide = _wide(size, control=False) if size.suffix in ("-m", "-l") else []
         runs += _on_one_text([*_compared(size), *wide])
     return runs
 
@@ -319,10 +339,10 @@ def grid(part: str, profile: str) -> dict[str, LanguageModelConfig]:
     ``structured-ffn``: dense and structured models at equal tokens; the structured ones of 32 %
     also at the dense model's FLOPs, with self-guided training (``-guided``) and with more tokens
     (``-equal-flops``); further widths (``-w64``); grouped queries against wide and structured
-    models, and both ``-overtrained``. At `paper` the paper's sizes (``-s``, ``-m``, ``-l``,
-    ``-xl``), 512 sequences a step on eight GPUs. ``structured-ffn-stability``: a width of 64 at
-    the learning rates of `RATES`, the starts of LowRank, and forms of self-guided training over
-    the first half.
+    models and a small dense control, and all of them ``-overtrained``. At `paper` the paper's
+    sizes (``-s``, ``-m``, ``-l``, ``-xl``), 512 sequences a step on eight GPUs.
+    ``structured-ffn-stability``: a width of 64 at the learning rates of `RATES`, the starts of
+    LowRank, and forms of self-guided training over the first half.
 
     Raises:
         ValueError: When the experiment or the profile is unknown, or it has no such profile.
