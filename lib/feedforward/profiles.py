@@ -24,7 +24,6 @@ class Profile:
         name: as parameters cells and the command line give it.
         purpose: in one sentence.
         device: that ``"auto"`` stands for: ``"cpu"`` or ``"cuda"``.
-        minutes: of wall time that a part of the book may take, None for as long as it needs.
         seeds: of its recorded runs.
         evidence: whether its records may support a claim.
     """
@@ -32,7 +31,6 @@ class Profile:
     name: str
     purpose: str
     device: str
-    minutes: int | None
     seeds: tuple[int, ...]
     evidence: bool
 
@@ -61,15 +59,13 @@ PROFILES = {
             name="smoke",
             purpose="proves the pipeline and exact identities in seconds, never a claim",
             device="cpu",
-            minutes=2,
             seeds=(0,),
             evidence=False,
         ),
         Profile(
             name="cpu",
-            purpose="trains small models in about an hour a part on two processor cores",
+            purpose="trains small models on two processor cores, in minutes to half an hour a run",
             device="cpu",
-            minutes=60,
             seeds=(0, 1, 2),
             evidence=True,
         ),
@@ -77,7 +73,6 @@ PROFILES = {
             name="gpu",
             purpose="trains on one GPU, in pieces of under ten minutes that can be resumed",
             device="cuda",
-            minutes=120,
             seeds=(0, 1, 2),
             evidence=True,
         ),
@@ -85,7 +80,6 @@ PROFILES = {
             name="paper",
             purpose="the paper's own setting, started by torchrun on many GPUs",
             device="cuda",
-            minutes=None,
             seeds=(0,),
             evidence=True,
         ),
