@@ -27,6 +27,12 @@ _HOME = {
     "replace_ffn": "surgery",
     "upcycle": "surgery",
     "premerge": "surgery",
+    "Answer": "qa.data",
+    "Question": "qa.data",
+    "load_squad": "qa.data",
+    "load_questions": "qa.data",
+    "Score": "qa.metrics",
+    "score": "qa.metrics",
 }
 
 __all__ = sorted(_HOME)

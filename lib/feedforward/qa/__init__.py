@@ -1,0 +1,1 @@
+"""Extractive question answering: data, readers with experts, and what they are measured by."""
