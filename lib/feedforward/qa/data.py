@@ -186,8 +186,9 @@ def _squad_rows(path: Path) -> Iterator[tuple]:
     except (KeyError, TypeError, AttributeError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed ({error})"
         raise DataError(
-            f"{path} is not in the layout of SQuAD 1.1: {place} {what}. Needed: data[].paragraphs[] "
-            "of context and qas[]; qas[] of id, question and answers[]; of text and answer_start."
+            f"{path} is not in the layout of SQuAD 1.1: {place} {what}. Needed: "
+            "data[].paragraphs[] of context and qas[] of id, question and answers[] of text and "
+            "answer_start."
         ) from error
 
 
