@@ -21,7 +21,7 @@ from torch import nn
 from tqdm import tqdm
 
 from feedforward.layers.cost import count
-from feedforward.lm.decoding import compare_throughput
+from feedforward.lm.decoding import compare_throughput, premerge_decoder
 from feedforward.lm.model import STRUCTURED, Decoder, DecoderConfig, FeedForward, paper_config
 from feedforward.profiles import get_profile, resolve_device, unknown
 from feedforward.records import Provenance, Record
@@ -274,8 +274,9 @@ class DecodingSpeedConfig:
             None: each model's best, and the search ends as that of
             `feedforward.lm.decoding.compare_throughput` does.
         structured: The name of `model` without pre-merge. The variant is then the model with
-            pre-merge (``feedforward.surgery.premerge``) and its thresholds measured. A third form,
-            ``merged``, uses the dense product for every step. None: no pre-merge.
+            pre-merge, its thresholds measured in its own steps
+            (`feedforward.lm.decoding.premerge_decoder`). A third form, ``merged``, uses the dense
+            product for every step. None: no pre-merge.
         dtype: Of the weights: ``"float32"``, ``"bfloat16"`` or ``"float16"``.
         threads: Of the processor.
         rounds: In which each model has a turn; at least 3.
@@ -335,9 +336,10 @@ def _decoders(config: DecodingSpeedConfig, device: torch.device) -> dict[str, De
     models = {config.against: _decoder(config.reference, device, dtype)}
     model = _decoder(config.model, device, dtype)
     if config.structured:
-        merged = premerge(copy.deepcopy(model), threshold=max(config.batches))
+        largest = max(config.batches)
+        merged = premerge(copy.deepcopy(model), threshold=largest)
         models |= {config.structured: model, "merged": merged}
-        model = premerge(copy.deepcopy(model), threshold="measure")
+        model = premerge_decoder(copy.deepcopy(model), largest=largest)
     return models | {config.variant: model}
 
 
