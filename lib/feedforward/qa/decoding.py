@@ -1,5 +1,6 @@
 """From the logits of windows to the best spans of each question."""
 
+import unicodedata
 from collections.abc import Iterator
 from dataclasses import dataclass
 
@@ -119,7 +120,7 @@ def best_answers(
 
 @torch.no_grad()
 def read(model: nn.Module, features: Features, *, batch: int = 32) -> tuple[np.ndarray, np.ndarray]:
-    """The start and end logits of a reader for all windows, both (W, L) float32.
+    """The start and end logits of a reader for all windows, both (W, L) float32, 0 at padding.
 
     Args:
         model: Takes ``input_ids``, ``attention_mask`` and where the tokenizer gives them
@@ -139,7 +140,8 @@ def read(model: nn.Module, features: Features, *, batch: int = 32) -> tuple[np.n
             output = model(**inputs)
             for side, values in enumerate((output.start_logits, output.end_logits)):
                 values = values.float().cpu().numpy()
-                logits[side, windows, : values.shape[1]] = values
+                inside = np.arange(values.shape[1]) < features.lengths[windows][:, None]
+                logits[side, windows, : values.shape[1]] = np.where(inside, values, 0.0)
     finally:
         model.train(training)
     return logits[0], logits[1]
@@ -236,7 +238,10 @@ def _top(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _span(context: str, start: int, end: int, score: float) -> Span:
+    # many tokenizers drop the accents that follow their letter as characters of their own
+    while end < len(context) and unicodedata.combining(context[end]):
+        end += 1
     text = context[start:end]
-    start += len(text) - len(text.lstrip())  # some tokenizers count the space to the word
+    start += len(text) - len(text.lstrip())  # some count the space to the word
     text = text.strip()
     return Span(text, start, start + len(text), score)
