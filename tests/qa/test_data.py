@@ -2,8 +2,10 @@
 
 import dataclasses
 import json
+import os
 import sys
 import types
+from pathlib import Path
 
 import pytest
 
@@ -277,6 +279,17 @@ def test_the_embedded_sets_are_asked_for_lazily(monkeypatch):
     module = types.SimpleNamespace(embedded_questions=lambda: made)
     monkeypatch.setitem(sys.modules, "feedforward.qa.embedded", module)
     assert load_questions("embedded").oodomain_train == {"wiki": (question,)}
+
+
+@pytest.mark.skipif(
+    not (Path(os.environ.get("FEEDFORWARD_DATA", "/nowhere")) / "qa").is_dir(),
+    reason="FEEDFORWARD_DATA holds no folder qa",
+)
+def test_the_real_out_of_domain_sets_are_whole():
+    found = load_questions()
+    counts = {domain: len(questions) for domain, questions in found.oodomain_val.items()}
+    assert counts == {"duorc": 126, "race": 128, "relation_extraction": 128}
+    assert {len(questions) for questions in found.oodomain_train.values()} == {127}
 
 
 # --- the hub ------------------------------------------------------------------------------------

@@ -1,13 +1,15 @@
 """The decoder against slow decoders written apart from it, and where its rules bite."""
 
+import os
 import types
+from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 from transformers import BertConfig, BertForQuestionAnswering
 
-from feedforward import score
+from feedforward import load_questions, score
 from feedforward.qa.data import Answer, Question
 from feedforward.qa.decoding import Span, best_answers, decode, read
 from feedforward.qa.features import prepare
@@ -112,6 +114,28 @@ def test_the_logits_of_the_labels_give_the_gold_answers(features):
     questions = [q for number, q in enumerate(features.questions) if number in answerable]
     assert len(questions) > 70
     assert score(texts, questions).em > 99
+
+
+needs_data = pytest.mark.skipif(
+    not (Path(os.environ.get("FEEDFORWARD_DATA", "/nowhere")) / "qa").is_dir(),
+    reason="FEEDFORWARD_DATA holds no folder qa",
+)
+
+
+@needs_data
+def test_on_real_passages_the_labels_give_a_gold_answer_to_every_question(wordpiece):
+    data = load_questions()
+    questions = [q for split in ("oodomain_train", "oodomain_val") for q in data.pooled(split)]
+    features = prepare(questions, wordpiece, length=512, stride=256)
+    assert len(set(features.question[features.answerable])) == len(questions)
+    start, end = np.zeros((2, len(features), 512), dtype=np.float32)
+    rows = np.arange(len(features))
+    start[rows, features.starts] = end[rows, features.ends] = 10.0
+    spans = decode(features, start, end, n_best=1, max_tokens=500)
+    for question, (span,) in zip(questions, spans, strict=True):
+        # wider than a gold answer only where that ends inside a token or with white space
+        golds = [a for a in question.answers if span.start <= a.start]
+        assert any(span.text.startswith(a.text.strip()) or a.text in span.text for a in golds)
 
 
 # --- rules --------------------------------------------------------------------------------------

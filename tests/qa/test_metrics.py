@@ -136,6 +136,7 @@ def test_scores_by_domain_and_pooled():
     assert items.by_domain() == {"x": Score(100, 100, 2), "y": Score(pytest.approx(200 / 3), 0, 1)}
     assert items.ids == ("1", "2", "3")
     assert items.f1.tolist() == pytest.approx([100, 100, 200 / 3])
+    assert items.by_question("em") == {"1": 100, "2": 100, "3": 0}
 
 
 def test_a_missing_prediction_is_an_error_or_wrong_by_choice():

@@ -100,6 +100,10 @@ class ItemScores:
             )
         return scores
 
+    def by_question(self, metric: str = "f1") -> dict[str, float]:
+        """One metric by question id, as records keep it for paired intervals."""
+        return dict(zip(self.ids, _values(self, metric).tolist(), strict=True))
+
     def interval(
         self, metric: str = "f1", *, level: float = 0.95, resamples: int = 10_000, seed: int = 0
     ) -> tuple[float, float]:
