@@ -4,9 +4,9 @@ import re
 import numpy as np
 import pytest
 
-from feedforward.augment.eda import EDA, STOP_WORDS, StrippedEDA, free_words, strip
+from feedforward.augment.eda import EDA, STOP_WORDS, StrippedEDA, strip
 from feedforward.augment.lexicon import Lexicon
-from feedforward.augment.spans import ProtectedText
+from feedforward.augment.spans import ProtectedText, free_words
 
 LEXICON = Lexicon(
     {"big": ["large", "huge"], "dog": ["hound"], "old": ["aged"], "river": ["stream", "brook"]}

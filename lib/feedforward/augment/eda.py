@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 
 from feedforward.augment.lexicon import Lexicon, default_lexicon
-from feedforward.augment.spans import Edit, ProtectedText, Span
+from feedforward.augment.spans import Edit, ProtectedText, Span, free_words
 
 # Function words, which carry no topic: never replaced, and kept in place unless asked otherwise.
 _FUNCTION_WORDS = """
@@ -38,11 +38,6 @@ _FUNCTION_WORDS = """
 """
 STOP_WORDS = frozenset(_FUNCTION_WORDS.split())
 
-# A word begins with a letter or a digit and goes on to white space or punctuation, so that
-# combining marks and joined emoji stay with it; one apostrophe, hyphen or full stop may join two
-# parts (don't, well-known, U.S), a comma two digits.
-_STOP = r"\s!-/:-@\[-`{-~\u00a1-\u00bf\u2010-\u205e\u2e00-\u2e7f\u3000-\u303f\uff01-\uff0f"
-_WORD = re.compile(rf"[^\W_][^{_STOP}]*(?:(?:['’.-](?=[^\W_])|,(?=\d))[^{_STOP}]+)*")
 _OPENING = "([{<\"'«“‘„¿¡—"
 
 
@@ -228,22 +223,6 @@ def strip(text: str) -> str:
     """
     text = re.sub(r"[-\u2010-\u2015]", " ", text.lower())
     return " ".join(re.sub(r"[^\w\s]|_", "", text).split())
-
-
-def free_words(protected: ProtectedText) -> list[Span]:
-    """The places of the words that no protected span touches, from left to right.
-
-    >>> free_words(ProtectedText("Well-known U.S. don't-s, café: 1,000!", ((11, 12),)))
-    [(0, 10), (16, 23), (25, 29), (31, 36)]
-    """
-    free, blocks, at = [], protected.blocks, 0
-    for word in _WORD.finditer(protected.text):
-        start, end = word.span()
-        while at < len(blocks) and blocks[at][1] <= start:
-            at += 1
-        if at == len(blocks) or end <= blocks[at][0]:
-            free.append((start, end))
-    return free
 
 
 def _replace(now: list[list[str]], known: list[tuple[str, ...]], count: int, rng) -> None:

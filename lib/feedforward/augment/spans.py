@@ -1,10 +1,17 @@
 """Text with protected spans, and edits that move the spans' offsets and never their words."""
 
+import re
 from bisect import bisect_right
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from itertools import accumulate
 from operator import index
+
+# A word begins with a letter or a digit and goes on to white space or punctuation, so that
+# combining marks and joined emoji stay with it; one apostrophe, hyphen or full stop may join two
+# parts (don't, well-known, U.S), a comma two digits.
+_STOP = r"\s!-/:-@\[-`{-~\u00a1-\u00bf\u2010-\u205e\u2e00-\u2e7f\u3000-\u303f\uff01-\uff0f"
+_WORD = re.compile(rf"[^\W_][^{_STOP}]*(?:(?:['’.-](?=[^\W_])|,(?=\d))[^{_STOP}]+)*")
 
 Span = tuple[int, int]
 Edit = tuple[int, int, str]
@@ -122,6 +129,34 @@ class ProtectedText:
         'RED and BLUE'
         """
         return self.edit([(a, b, function(self.text[a:b])) for a, b in self.free])
+
+
+def free_words(protected: ProtectedText) -> list[Span]:
+    """The places of the words that no protected span touches, from left to right.
+
+    >>> free_words(ProtectedText("Well-known U.S. don't-s, café: 1,000!", ((11, 12),)))
+    [(0, 10), (16, 23), (25, 29), (31, 36)]
+    """
+    free, blocks, at = [], protected.blocks, 0
+    for word in _WORD.finditer(protected.text):
+        start, end = word.span()
+        while at < len(blocks) and blocks[at][1] <= start:
+            at += 1
+        if at == len(blocks) or end <= blocks[at][0]:
+            free.append((start, end))
+    return free
+
+
+def whole_words(protected: ProtectedText) -> list[Span]:
+    """The blocks of a text, each widened to the words that it touches.
+
+    >>> whole_words(ProtectedText("a playwright's plays", ((2, 6),)))
+    [(2, 14)]
+    """
+    free = set(free_words(protected))
+    touched = (word.span() for word in _WORD.finditer(protected.text))
+    widened = [*protected.spans, *(span for span in touched if span not in free)]
+    return ProtectedText(protected.text, tuple(widened)).blocks
 
 
 @dataclass(frozen=True)
