@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 import torch
-from transformers import BertConfig, BertForQuestionAnswering
+from tokenizers import processors
+from transformers import BertConfig, BertForQuestionAnswering, CanineTokenizer
 
 from feedforward.qa.data import Answer, DataError, Question
 from feedforward.qa.features import Batches, evaluation_batches, prepare
@@ -202,21 +203,13 @@ def test_questions_without_answers_have_windows_to_be_read(wordpiece):
 # --- refusals -----------------------------------------------------------------------------------
 
 
-class Slow:
-    """A tokenizer in Python, which knows no offsets."""
-
-    is_fast = False
-
-
 def test_a_tokenizer_without_offsets_is_told():
-    with pytest.raises(ValueError, match="Slow gives no offsets"):
-        prepare([one("ada wrote", "ada")], Slow())
+    with pytest.raises(ValueError, match="CanineTokenizer gives no offsets"):
+        prepare([one("ada wrote", "ada")], CanineTokenizer())
 
 
 def test_a_tokenizer_without_a_token_in_front_is_told(bytelevel):
     bare = type(bytelevel)(tokenizer_object=bytelevel.backend_tokenizer)
-    from tokenizers import processors
-
     bare.backend_tokenizer.post_processor = processors.ByteLevel()
     with pytest.raises(ValueError, match=r"no special token such as \[CLS\]"):
         prepare([one("ada wrote", "ada")], bare)
@@ -243,6 +236,10 @@ def test_bad_options_are_told(wordpiece):
     question = one("ada wrote", "ada", question="engine " * 60)
     with pytest.raises(ValueError, match="leaves 1 of 64 for the context"):
         prepare([question], wordpiece, length=64, stride=16)
+    short = one("ada wrote", "ada", question="ada")
+    assert len(prepare([short], wordpiece, length=16, stride=11)) == 1  # 12 are left
+    with pytest.raises(ValueError, match="leaves 12 of 16"):
+        prepare([short], wordpiece, length=16, stride=12)
     with pytest.raises(ValueError, match="no without_answer 'dropped'"):
         prepare([question], wordpiece, without_answer="dropped")
     with pytest.raises(ValueError, match="stride -1 not negative"):

@@ -43,7 +43,7 @@ def decode(
     All spans of allowed length are compared, exactly; a span that several windows hold counts once,
     with its best score. The released code takes ``min_tokens=2``: it refuses spans whose end is not
     behind their start, so that it never answers with one token; and ``normalize=False``.
-    Explained in ``book/robust-qa/01-domain-gap``, the cost of that rule in
+    Explained in ``book/robust-qa/01-task-and-gap``, the cost of that rule in
     ``book/robust-qa/04-audit``.
 
     Args:

@@ -38,7 +38,7 @@ class _Template:
 
 @dataclass(frozen=True, eq=False)
 class Features:
-    """Windows of W tokens lists: [CLS] question [SEP] a stretch of the context [SEP].
+    """W windows of tokens: [CLS] question [SEP] a stretch of the context [SEP].
 
     Attributes:
         questions: What the windows were made of.
@@ -148,7 +148,7 @@ def prepare(
 
     The label of a window is the first of the question's answers that lies wholly in it, from the
     token that holds the answer's first character to the one that holds its last.
-    Explained in ``book/robust-qa/01-domain-gap``.
+    Explained in ``book/robust-qa/01-task-and-gap``.
 
     Args:
         questions: Each checked again (see `feedforward.qa.data.problems_of`).

@@ -159,7 +159,7 @@ def score(
 ) -> Score:
     """F1 and exact match in percent, the mean over questions; see `item_scores`.
 
-    Explained in ``book/robust-qa/01-domain-gap``.
+    Explained in ``book/robust-qa/01-task-and-gap``.
 
     >>> from feedforward.qa.data import Answer
     >>> answers = (Answer("Ada Lovelace", 7),)
