@@ -9,7 +9,7 @@ import pytest
 
 from feedforward.augment.eda import EDA, StrippedEDA
 from feedforward.augment.lexicon import Lexicon
-from feedforward.augment.questions import augment_questions, edit_distance
+from feedforward.augment.questions import augment_as_released, augment_questions, edit_distance
 from feedforward.augment.spans import ProtectedText, Rewritten
 
 LEXICON = Lexicon({"big": ["large", "huge"], "dog": ["hound"], "old": ["aged"]})
@@ -114,6 +114,14 @@ def test_the_stripped_form_goes_through():
     assert exact(made.questions)
     assert made.questions[0].answers[0].text == "may"
     assert made.questions[0].answers[0].start < 42
+
+
+def test_the_released_recipe_keeps_the_stripped_original():
+    made = augment_as_released([question()], augmenter=StrippedEDA(lexicon=LEXICON), seed=0)
+    assert [q.id for q in made.questions] == ["q#0", "q#1", "q#2", "q#3", "q#4"]
+    assert made.questions[0].context == CONTEXT.lower().replace(".", "")
+    assert made.report.copies == 4
+    assert exact(made.questions)
 
 
 def test_bad_questions_are_named():

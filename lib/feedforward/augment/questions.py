@@ -9,6 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from feedforward.augment.eda import StrippedEDA
+from feedforward.augment.lexicon import wordnet
 from feedforward.augment.spans import ProtectedText, Rewritten, SpanError
 
 Augmenter = Callable[[ProtectedText, np.random.Generator], ProtectedText]
@@ -137,6 +139,38 @@ def augment_questions(
             ),
         ),
     )
+
+
+def augment_as_released(
+    questions: Iterable[Any],
+    *,
+    copies: int = 4,
+    seed: int = 0,
+    augmenter: StrippedEDA | None = None,
+) -> Augmented:
+    """EDA as the robust question answering system was trained with, for comparison.
+
+    The questions stripped of case and punctuation (ids ``<id>#0``), followed by their changed
+    copies (``<id>#1``, ...), whose report it gives: Zhou, Liu and Dong (2022, arXiv 2204.09598) and
+    their released code.
+
+    Args:
+        questions: As for :func:`augment_questions`.
+        copies: How many of each question beside the stripped one.
+        seed: Of all randomness.
+        augmenter: What makes the copies; None replaces 30 % of the words by words of any of
+            their senses, as far as they have some.
+
+    Raises:
+        ValueError: As :func:`augment_questions`.
+        MissingLexicon: No `augmenter` is given and no lexicon is installed.
+    """
+    questions = list(questions)
+    augmenter = augmenter or StrippedEDA(lexicon=wordnet(senses="all"))
+    stripped = augment_questions(questions, StrippedEDA(synonyms=0), copies=1, seed=seed)
+    changed = augment_questions(questions, augmenter, copies=copies, seed=seed)
+    kept = [replace(question, id=f"{question.id[:-1]}0") for question in stripped.questions]
+    return Augmented(kept + changed.questions, changed.report)
 
 
 def edit_distance(first: Sequence[str], second: Sequence[str]) -> int:
