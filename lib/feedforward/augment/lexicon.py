@@ -70,7 +70,7 @@ class Lexicon:
 
 @lru_cache(maxsize=1)
 def default_lexicon() -> Lexicon:
-    """The lexicon that :class:`~feedforward.augment.EDA` uses when none is given.
+    """The lexicon that :class:`~feedforward.augment.eda.EDA` uses when none is given.
 
     Raises:
         MissingLexicon: The package that carries the data is not installed or damaged.
