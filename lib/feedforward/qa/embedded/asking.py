@@ -161,6 +161,10 @@ _PREPOSITION = re.compile(
 )
 
 
+# a question and the group of the match that answers it
+_Made = tuple[str, int] | None
+
+
 @dataclass(frozen=True)
 class Found:
     """A question on a sentence: which pattern asks it, and the answer's place in the sentence."""
@@ -245,6 +249,13 @@ class Asker:
     def thing(self, name: str) -> bool:
         """Whether a name is that of a place or an institution, going by where it is seen."""
         return bool(_NO_PERSON.search(name)) or name in self._things
+
+    def has_verb(self, phrase: str) -> bool:
+        """Whether a word of a phrase is known as a verb in the past or as an auxiliary."""
+        return any(
+            word in _AUXILIARY.split("|") or word in _IRREGULAR or self.base(word) is not None
+            for word in phrase.split()
+        )
 
     def __call__(self, sentence: str) -> tuple[Found, ...]:
         """The questions on one sentence, each with its answer's span."""
@@ -455,56 +466,56 @@ def _rules(pasts: str, presents: str):
     )
 
 
-def _when_first(self, it):
-    return (made, 1) if (made := _when(self, it[2], it[3], it[4])) else None
+def _when_first(asker: Asker, it: re.Match) -> _Made:
+    return (made, 1) if (made := _when(asker, it[2], it[3], it[4])) else None
 
 
-def _when_last(self, it):
-    return (made, 4) if (made := _when(self, it[1], it[2], it[3])) else None
+def _when_last(asker: Asker, it: re.Match) -> _Made:
+    return (made, 4) if (made := _when(asker, it[1], it[2], it[3])) else None
 
 
-def _did(self, subject: str, verb: str, rest: str, most: int) -> str | None:
+def _did(asker: Asker, subject: str, verb: str, rest: str, most: int) -> str | None:
     """Subject and predicate as they stand behind "when", or None."""
     subject = _subject(subject[0].upper() + subject[1:] if subject.startswith("the ") else subject)
-    if not subject or self._verb_in(subject):
+    if not subject or asker.has_verb(subject):
         return None
     if verb in ("was", "were"):
         word, _, more = rest.strip().partition(" ")
-        if not word.isalpha() or not (self.past(word) or word == "born"):
+        if not word.isalpha() or not (asker.past(word) or word == "born"):
             return None
         phrase = _phrase(f" {more}", most)
         return None if phrase is None else f"{verb} {subject} {word} {phrase}".strip()
     phrase = _phrase(rest, most)
-    if not phrase or phrase in ("out", "up") or phrase.startswith("by ") or self._verb_in(phrase):
+    if not phrase or phrase in ("out", "up") or phrase.startswith("by ") or asker.has_verb(phrase):
         return None
-    return f"did {subject} {self.base(verb)} {phrase}".strip()
+    return f"did {subject} {asker.base(verb)} {phrase}".strip()
 
 
-def _when(self, subject, verb, rest):
-    made = _did(self, subject, verb, rest, 7)
+def _when(asker: Asker, subject: str, verb: str, rest: str) -> str | None:
+    made = _did(asker, subject, verb, rest, 7)
     return f"When {made}?" if made else None
 
 
-def _how_long(self, it):
-    made = _did(self, it[1], it[2], it[3], 6)
+def _how_long(asker: Asker, it: re.Match) -> _Made:
+    made = _did(asker, it[1], it[2], it[3], 6)
     return (f"For how long {made}?", 4) if made else None
 
 
-def _who_by(self, it):
-    past, subject = self.past(it[3]), _subject(it[1])
+def _who_by(asker: Asker, it: re.Match) -> _Made:
+    past, subject = asker.past(it[3]), _subject(it[1])
     agent = it[5].removeprefix("the ").removeprefix("The ")
     if not past or not subject or re.search(rf"\b(?:{_MONTHS}|[a-z]+ing)\b", it[5]):
         return None
     rest = _phrase(it[4], 4)
     if rest is None or agent in ("means", "way", "far", "law", "then", "foot", "train"):
         return None
-    who = self.person(agent) or _PEOPLE.search(agent)
+    who = asker.person(agent) or _PEOPLE.search(agent)
     if agent[0].isupper() and not who and not _NO_PERSON.search(agent):
         return None
     return f"{'Who' if who else 'What'} {past} {subject} {rest}".strip() + "?", 5
 
 
-def _where(self, it):
+def _where(asker: Asker, it: re.Match) -> _Made:
     subject = _subject(it[1])
     if not subject or it[3] in _NO_PLACE:
         return None
@@ -513,7 +524,7 @@ def _where(self, it):
     return f"Where {it[2]} {subject} {it[3]}?", 4
 
 
-def _how_many(self, it):
+def _how_many(asker: Asker, it: re.Match) -> _Made:
     subject = _subject(it[1])
     if (
         not subject
@@ -527,7 +538,7 @@ def _how_many(self, it):
     return f"How many {it[4]} {'did' if past else 'do' if plural else 'does'} {subject} {verb}?", 3
 
 
-def _share(self, it):
+def _share(asker: Asker, it: re.Match) -> _Made:
     phrase = _phrase(it[4], 6)
     if (
         _LOOSE.search(it[2])
@@ -540,23 +551,23 @@ def _share(self, it):
     return f"What percentage of {it[2].strip()} {it[3]} {phrase}?", 1
 
 
-def _called(self, it):
+def _called(asker: Asker, it: re.Match) -> _Made:
     subject = _subject(it[1])
     if not subject or re.match(r"(?:the )?(?:for|after|in|on|at|to|by|a|an|up)\b", it[4]):
         return None
     return f"What {it[2]} {subject} {it[3]}?", 4
 
 
-def _what(self, it):
+def _what(asker: Asker, it: re.Match) -> _Made:
     subject = _subject(it[1])
     thing = it[3]
-    if not subject or len(thing.split()) > 6 or self._verb_in(thing) or _LOOSE.search(thing):
+    if not subject or len(thing.split()) > 6 or asker.has_verb(thing) or _LOOSE.search(thing):
         return None
     if _PEOPLE.search(_head(thing)) or re.search(
         r"\b(?:year|day|time|way|most|end|of|\w+ly)$", thing
     ):
         return None
-    if self._verb_in(subject) or thing.split()[-1] in ("two", "three", "four", "impossible"):
+    if asker.has_verb(subject) or thing.split()[-1] in ("two", "three", "four", "impossible"):
         return None
     behind = it.string[it.end() :]
     if behind.startswith(" and ") and not _JOINED.match(behind[5:]):
@@ -567,19 +578,19 @@ def _what(self, it):
         return None
     if it[2] in _NO_OBJECT or re.search(r"(?:ing|ed|ly|est|ous|able|ive|known)$", thing):
         return None
-    return f"What did {subject} {self.base(it[2])}?", 3
+    return f"What did {subject} {asker.base(it[2])}?", 3
 
 
-def _what_is(self, it):
+def _what_is(asker: Asker, it: re.Match) -> _Made:
     subject, thing = _subject(it[1], 7), it[3]
-    if not subject or _LOOSE.search(thing) or self._verb_in(thing) or len(thing.split()) > 6:
+    if not subject or _LOOSE.search(thing) or asker.has_verb(thing) or len(thing.split()) > 6:
         return None
     if _PEOPLE.search(_head(subject)) or not re.match(r"the |an? |[A-Z]", thing):
         return None
     return f"What {it[2]} {subject}?", 3
 
 
-def _being(self, it):
+def _being(asker: Asker, it: re.Match) -> _Made:
     subject, behind = _subject(it[1]), it.string[it.end() :]
     if not subject or _LOOSE.search(it[3]) or len(it[3].split()) < 3:
         return None
@@ -587,56 +598,56 @@ def _being(self, it):
         return None
     if _ADJECTIVE.search(it[3]):
         return None
-    known = subject.startswith("the ") or " " not in subject or self.thing(subject)
-    who = self.person(subject)
+    known = subject.startswith("the ") or " " not in subject or asker.thing(subject)
+    who = asker.person(subject)
     return f"{'Who' if who else 'What' if known else 'Who or what'} {it[2]} {subject}?", 3
 
 
-def _there(self, it):
+def _there(asker: Asker, it: re.Match) -> _Made:
     phrase = _phrase(it[4], 7)
-    if not phrase or _LOOSE.search(it[3]) or self._verb_in(phrase):
+    if not phrase or _LOOSE.search(it[3]) or asker.has_verb(phrase):
         return None
     verb = {"have been": "have there been"}.get(it[1], f"{it[1]} there")
     return f"How many {it[3]} {verb} {phrase}?", 2
 
 
-def _number(self, it):
-    phrase = _predicate(self, it[3], it[4])
+def _number(asker: Asker, it: re.Match) -> _Made:
+    phrase = _predicate(asker, it[3], it[4])
     if not phrase or it[2].split()[-1] in ("years", "days", "months", "times", "percent", "miles"):
         return None
     return f"How many {it[2]} {it[3]} {phrase}?", 1
 
 
-def _which(self, it):
-    phrase = _predicate(self, it[3], it[4])
+def _which(asker: Asker, it: re.Match) -> _Made:
+    phrase = _predicate(asker, it[3], it[4])
     if not phrase or _NO_PERSON.search(it[2]):
         return None
     role = it[1] if _NATIONAL.match(it[1]) else it[1].lower()
     return f"Which {role} {it[3]} {phrase}?", 2
 
 
-def _predicate(self, verb: str, rest: str) -> str | None:
+def _predicate(asker: Asker, verb: str, rest: str) -> str | None:
     """What follows a verb, where the subject is asked for; None where it may be no predicate."""
     phrase = _phrase(rest, 9)
     if not phrase or phrase.startswith("by ") or re.search(r"\w{3,}ing$", phrase):
         return None
     first = phrase.split()[0]
     if verb in ("are", "were"):
-        return phrase if self.past(first) and not self._verb_in(phrase[len(first) :]) else None
+        return phrase if asker.past(first) and not asker.has_verb(phrase[len(first) :]) else None
     if verb in ("have", "had"):
-        return phrase if self.past(first) or first in ("a", "an", "the") else None
+        return phrase if asker.past(first) or first in ("a", "an", "the") else None
     if first in _PREPOSITIONS and verb not in _INTRANSITIVE:
         return None
-    if self._verb_in(phrase) or re.search(r"\w{3,}ed\b", phrase):
+    if asker.has_verb(phrase) or re.search(r"\w{3,}ed\b", phrase):
         return None
     return phrase if len(phrase.split()) > 1 else None
 
 
-def _who_what(self, it):
+def _who_what(asker: Asker, it: re.Match) -> _Made:
     subject, verb = it[1].strip(), it[2]
     subject = subject[0].upper() + subject[1:]
     plain = _subject(subject)
-    if not plain or self._verb_in(plain) or re.search(r" (?:that|which|who) ", subject):
+    if not plain or asker.has_verb(plain) or re.search(r" (?:that|which|who) ", subject):
         return None
     phrase = _phrase(it[3], 9)
     if not phrase or len(phrase.split()) < 3 or phrase.startswith("by "):
@@ -648,37 +659,27 @@ def _who_what(self, it):
     if verb in ("is", "are", "was", "were"):
         if subject.startswith(("A ", "An ")):
             return None
-        if first != "the" and not self.past(first):
+        if first != "the" and not asker.past(first):
             return None
-        if self._verb_in(phrase.partition(" ")[2]) or first in ("composed", "divided", "entered"):
+        if asker.has_verb(phrase.partition(" ")[2]) or first in ("composed", "divided", "entered"):
             return None
     elif verb in ("has", "have", "had"):
-        if not self.past(first) and not re.match(rf"(?:an?|the|{NUMBER}) ", phrase):
+        if not asker.past(first) and not re.match(rf"(?:an?|the|{NUMBER}) ", phrase):
             return None
-        if self._verb_in(phrase.partition(" ")[2]):
+        if asker.has_verb(phrase.partition(" ")[2]):
             return None
-    elif self._verb_in(phrase) or re.search(r"\w{3,}ed\b", phrase):
+    elif asker.has_verb(phrase) or re.search(r"\w{3,}ed\b", phrase):
         return None
     if re.search(r"\w{3,}ing$", phrase):
         return None
     if first in _PREPOSITIONS and verb not in _AUXILIARY and verb not in _INTRANSITIVE:
         return None
     head = _head(plain)
-    who = self.person(subject) or _PEOPLE.search(head) or _NATION.match(head)
+    who = asker.person(subject) or _PEOPLE.search(head) or _NATION.match(head)
     who = who or _ROLE.search(subject)
     described = re.search(r"^(?:The|An?) .*\b[a-z]+ ([A-Z][a-z]+(?: [A-Z][a-z]+)?)$", subject)
     named = described[1] if described else subject
     plainly = not described and subject.startswith(("The ", "A ", "An "))
-    unsure = not (who or plainly or self.thing(named))
+    unsure = not (who or plainly or asker.thing(named))
     opening = "Who or what" if unsure else "Who" if who else "What"
     return f"{opening} {verb} {phrase}?", 1
-
-
-def _verb_in(self, phrase: str) -> bool:
-    return any(
-        word in _AUXILIARY.split("|") or word in _IRREGULAR or self.base(word)
-        for word in phrase.split()
-    )
-
-
-Asker._verb_in = _verb_in
