@@ -34,6 +34,8 @@ _HOME = {
     "Question": "qa.data",
     "load_squad": "qa.data",
     "load_questions": "qa.data",
+    "ReaderConfig": "qa.model",
+    "build_reader": "qa.model",
     "Score": "qa.metrics",
     "score": "qa.metrics",
 }
