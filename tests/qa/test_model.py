@@ -7,6 +7,10 @@ import transformers
 
 from feedforward import MoE, ReaderConfig, build_reader, collect_routing, load_balancing_loss
 from feedforward.qa import model as readers
+from feedforward.qa.decoding import read
+from feedforward.qa.features import prepare
+
+from .conftest import random_questions
 
 transformers.logging.set_verbosity_error()
 transformers.utils.logging.disable_progress_bar()
@@ -27,11 +31,11 @@ def folders(tmp_path_factory):
     root = tmp_path_factory.mktemp("encoders")
     torch.manual_seed(0)
     bert = transformers.BertConfig(
-        vocab_size=60, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
+        vocab_size=300, hidden_size=16, intermediate_size=32, num_hidden_layers=3,
         num_attention_heads=2, max_position_embeddings=32, initializer_range=0.3,
     )  # fmt: skip
     distilbert = transformers.DistilBertConfig(
-        vocab_size=60, dim=16, hidden_dim=32, n_layers=3, n_heads=2,
+        vocab_size=300, dim=16, hidden_dim=32, n_layers=3, n_heads=2,
         max_position_embeddings=32, initializer_range=0.3,
     )  # fmt: skip
     transformers.BertModel(bert).save_pretrained(root / "bert")
@@ -86,6 +90,7 @@ def test_every_reader_trains_all_of_its_parameters(build, inputs, form, encoder)
 
 
 @pytest.mark.parametrize("form", FORMS)
+@torch.no_grad()
 def test_padding_changes_nothing(build, inputs, form):
     reader = build(form)
     short = {name: values[2:, :5] for name, values in inputs.items()}
@@ -140,12 +145,36 @@ def test_switch_reader_starts_at_the_pretrained_encoder(build, inputs, encoder):
     assert 0.08 < difference < 0.12
 
 
-def test_switch_layers_are_by_default_in_the_middle(build, inputs):
-    reader = build("switch", layers=None)
-    layers = reader.encoder.encoder.layer
-    held = [any(isinstance(m, MoE) for m in layer.modules()) for layer in layers]
-    assert held == [True, True, True]  # a quarter of three is none
-    assert build("switch").encoder.encoder.layer[0].intermediate.dense.weight.shape == (32, 16)
+def test_switch_layers_are_where_they_shall_be(build, tmp_path):
+    def places(reader):
+        layers = reader.encoder.transformer.layer
+        return [i for i, at in enumerate(layers) if any(isinstance(m, MoE) for m in at.modules())]
+
+    assert places(build("switch", "distilbert")) == [1, 2]
+    six = transformers.DistilBertConfig(vocab_size=60, dim=16, hidden_dim=32, n_layers=6, n_heads=2)
+    transformers.DistilBertModel(six).save_pretrained(tmp_path)
+    assert places(build_reader(ReaderConfig(str(tmp_path), "switch"))) == [1, 2, 3, 4]
+
+
+@pytest.mark.parametrize("form", FORMS)
+def test_decoding_reads_with_every_reader(build, wordpiece, form):
+    reader = build(form).train()
+    features = prepare(random_questions(5, 12), wordpiece, length=32, stride=4, question_length=16)
+    start, end = read(reader, features, batch=2)
+    assert start.shape == end.shape == (len(features), features.lengths.max())
+    assert reader.training
+    reader.eval()
+    window = int(features.lengths.argmin())
+    alone = {k: v for k, v in features.batch([window]).items() if not k.endswith("_positions")}
+    with torch.no_grad():
+        output = reader(**alone)
+    length = features.lengths[window]
+    torch.testing.assert_close(
+        output.start_logits[0, :length],
+        torch.from_numpy(start[window, :length]),
+        rtol=1e-4,
+        atol=1e-4,
+    )
 
 
 @pytest.mark.parametrize(("match", "hidden"), [("active", 128), ("total", 256)])

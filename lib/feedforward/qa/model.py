@@ -12,7 +12,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
-from typing import TYPE_CHECKING, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 import torch.nn.functional as F
@@ -91,7 +91,7 @@ class ReaderConfig:
         k: Experts a token in the head.
         hidden: Hidden width of one expert that is made anew; None for 4 times the encoder's width.
         layers: Numbers of the FFNs that become switch layers, negative ones from the end; None for
-            the middle half of them.
+            all but a quarter of them, rounded down, at each end.
         noise: Standard deviation of what is added to the weights of each copy of a pretrained FFN,
             relative to that of the weights; 0 starts with identical experts.
         depth: Number of stacked layers.
@@ -167,7 +167,8 @@ class ReaderConfig:
                 raise ValueError(f"{name} is {value}; it must be positive, or None for no limit")
 
 
-class ReaderOutput(NamedTuple):
+@dataclass(frozen=True, eq=False)
+class ReaderOutput:
     """What a reader returns for B windows of L tokens.
 
     Attributes:
@@ -362,8 +363,6 @@ class _DroppedSecondRouter(TopKRouter):
 
 def build_reader(config: ReaderConfig) -> nn.Module:
     """Build a reader.
-
-    >>> reader = build_reader(ReaderConfig(form="moe-head"))  # doctest: +SKIP
 
     Args:
         config: Which one.
