@@ -98,7 +98,8 @@ class ReaderConfig:
         heads: Number of attention heads of the stacked layers.
         match: Which parameters of the experts the dense head has.
         capacity_factor: Of the ``MoE`` layers in training, None for no limit. It counts the choices
-            of a whole batch, the released code those of each sequence.
+            of a whole batch, the released code those of each sequence; and its factors for the head
+            (1.25, in evaluation 2) leave out k, so that they are 0.625 and 1 here.
         eval_capacity_factor: Likewise in evaluation.
         drop_second: Defect: keep the second expert at random with probability
             ``min(1, weight / 0.2)``, in evaluation as well.
