@@ -11,6 +11,10 @@ from pathlib import Path
 from typing import IO
 
 
+class DataError(ValueError):
+    """Data that is missing, damaged, empty or unusable: says which, and how to mend it."""
+
+
 @contextlib.contextmanager
 def atomic_write(path: str | os.PathLike, mode: str = "wb", **open_options) -> Iterator[IO]:
     """Open a temporary file beside `path` that replaces `path` when the block ends without error.

@@ -21,6 +21,7 @@ import torch.nn.functional as F
 from filelock import FileLock
 from torch import Tensor, nn
 
+from feedforward.files import DataError
 from feedforward.layers.cost import TransformerShape, count
 from feedforward.layers.structured import BlockDense, BlockShuffle, LowRank
 from feedforward.profiles import get_profile, resolve_device, unknown
@@ -35,10 +36,6 @@ EXPERIMENT = "structured-ffn-images"
 SPLITS = ("train", "validation", "test")
 
 _LAYERS = {layer.__name__: layer for layer in (LowRank, BlockShuffle, BlockDense)}
-
-
-class DataError(ValueError):
-    """Images that are not to be had: says why, and which are."""
 
 
 # --- images -------------------------------------------------------------------------------------

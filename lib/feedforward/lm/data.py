@@ -25,17 +25,13 @@ import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
-from feedforward.files import atomic_write, cache_directory, sha256
+from feedforward.files import DataError, atomic_write, cache_directory, sha256
 
 SPLITS = ("train", "validation", "test")
 END_OF_TEXT = "<|endoftext|>"
 # what a stored preparation depends on beside its source; raise it when cleaning changes
 _PREPARATION = 1
 _REGISTRY = Path(__file__).resolve().parents[3] / "data" / "registry.toml"
-
-
-class DataError(ValueError):
-    """Text that is missing, damaged, empty or undecodable: says which, and how to mend it."""
 
 
 # --- what there is ------------------------------------------------------------------------------

@@ -15,11 +15,9 @@ from functools import cached_property
 from pathlib import Path
 from typing import Any
 
+from feedforward.files import DataError
+
 SPLITS = ("indomain_train", "indomain_val", "oodomain_train", "oodomain_val")
-
-
-class DataError(ValueError):
-    """Questions that are missing, damaged or contradictory: says which, and how to mend it."""
 
 
 @dataclass(frozen=True, slots=True)
