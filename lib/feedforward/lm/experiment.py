@@ -56,7 +56,7 @@ class Guidance:
     Args:
         steps: Optimizer steps with guides; they are dropped after the last.
         repeat: The protocol at equal FLOPs: the last `steps` of all the run's steps see the data of
-            its first `steps` again, now without guides. False: no step sees data again.
+            its first `steps` again, now without guides. False: fresh data to the end.
         stochastic: The cheap form, which uses the guide in half of the forward passes.
         schedule: How the guides' part falls, ``"cosine"`` or ``"linear"``.
         released_start: Start the guides of BlockShuffle as the paper's released code does, without
