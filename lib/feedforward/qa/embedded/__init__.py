@@ -139,7 +139,7 @@ def build() -> bytes:
 def _drafts() -> dict[str, list[Draft]]:
     entries = files.registry()
     only = {"wordnet": "data.noun"}
-    content = {name: files.read(entries[name], only.get(name, "")) for name in files.SOURCES}
+    content = {name: files.read(name, entries[name], only.get(name, "")) for name in files.SOURCES}
     text = {
         name: {file: data.decode("utf-8-sig") for file, data in content[name].items()}
         for name in ("countries", "wordnet", "kjv", "shakespeare")
