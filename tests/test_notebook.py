@@ -11,7 +11,8 @@ import pytest
 import torch
 
 from feedforward import notebook
-from feedforward.notebook import OutsideBand, check, setup, show_source, table
+from feedforward.augment.spans import ProtectedText
+from feedforward.notebook import OutsideBand, check, diff, setup, show_source, table
 from feedforward.records import Provenance, Record
 
 
@@ -210,6 +211,35 @@ def test_tables_need_rows_with_the_same_columns(rows):
 def test_formats_need_their_columns():
     with pytest.raises(ValueError, match=r"formats names \['loss'\]"):
         table(ROWS, formats={"loss": ".2f"})
+
+
+def test_diff_marks_what_went_came_and_is_protected():
+    before = ProtectedText("The <old> cat (1893-1990) sat,\nand sat.", ((20, 24),))
+    after = before.edit([(5, 8, "aged"), (26, 29, "will sit")])
+    shown = diff(before, after)
+    assert repr(shown) == (
+        "The <[-old-] {+aged+}> cat (1893-«1990») [-sat-] {+will sit+},\nand sat."
+    )
+    text = shown._repr_html_()
+    assert "&lt;<del" in text
+    assert ">aged</ins>&gt;" in text
+    assert text.count("<del") == text.count("<ins") == 2
+    assert text.count("<b ") == 1
+    assert ">1990</b>)" in text
+    assert not {"color:#000", "color:black", "color:#fff"} & set(text.split(";"))
+
+
+def test_diff_of_a_text_with_itself_is_the_text():
+    text = "  Peter's  dog,\nno-one's.\n"
+    assert repr(diff(text, text)) == text.rstrip()
+
+
+def test_a_protected_word_is_the_same_only_as_a_protected_one():
+    protected = ProtectedText("in May", ((3, 6),))
+    assert repr(diff(protected, "in May")) == "in [-May-] {+May+}"
+    assert repr(diff(protected, protected)) == "in «May»"
+    assert repr(diff("", "new")) == "{+new+}"
+    assert repr(diff("old", "")) == "[-old-]"
 
 
 def test_caption_shows_provenance(shown):

@@ -5,8 +5,10 @@ notebooks can compare it; what varies with the machine is shown by :func:`captio
 """
 
 import ast
+import difflib
 import html
 import inspect
+import itertools
 import logging
 import math
 import os
@@ -224,6 +226,84 @@ def table(rows: Any, *, caption: str = "", formats: Mapping[str, str] | None = N
         numeric=tuple(numeric),
         caption=caption,
     )
+
+
+@dataclass(frozen=True)
+class Diff:
+    """Two texts in one, with what went, what came, and what is protected.
+
+    Each kind has a sign beside its colour: struck through, underlined, bold.
+    """
+
+    pieces: tuple[tuple[str, str], ...]
+
+    def __repr__(self) -> str:
+        signs = {"same": "", "del": "[-%s-]", "ins": "{+%s+}", "b": "«%s»"}
+        return "".join(signs[kind] % text if signs[kind] else text for kind, text in self.pieces)
+
+    def _repr_html_(self) -> str:
+        colors = {"del": plotting.PALETTE[4], "ins": plotting.PALETTE[2], "b": plotting.PALETTE[0]}
+        shown = (
+            f'<{kind} style="background:{colors[kind]}2e;border-radius:2px">{html.escape(text)}'
+            f"</{kind}>"
+            if kind in colors
+            else html.escape(text)
+            for kind, text in self.pieces
+        )
+        return f'<p class="text-diff" style="line-height:1.8">{"".join(shown)}</p>'
+
+
+def diff(before: Any, after: Any) -> Diff:
+    """What became of a text, word by word, in colours that suit both themes.
+
+    >>> from feedforward.augment.spans import ProtectedText
+    >>> rome = ProtectedText("A big dog in Rome.", ((13, 17),))
+    >>> diff(rome, rome.edit([(2, 5, "large, old")]))
+    A [-big-] {+large, old+} dog in «Rome».
+
+    Args:
+        before: a text, or an object with ``text`` and protected ``spans``, whose words are the same
+            only as protected ones.
+        after: what was made of it.
+    """
+    old, new = _words(before), _words(after)
+    matcher = difflib.SequenceMatcher(None, [w[1:] for w in old], [w[1:] for w in new], False)
+    pieces: list[tuple[str, str]] = []
+
+    def add(kind: str, words: Iterable[tuple[str, str, bool]]) -> None:
+        for space, word, protected in words:
+            now = "b" if kind == "same" and protected else kind
+            if pieces and pieces[-1][0] == now:
+                pieces[-1] = now, pieces[-1][1] + space + word
+            else:
+                # the space stays outside the mark; two marks never touch
+                gap = space or " " * (now != "same" and bool(pieces) and pieces[-1][0] == "del")
+                pieces.extend([("same", gap)] if gap else [])
+                pieces.append((now, word))
+
+    for kind, a, b, c, d in matcher.get_opcodes():
+        if kind == "equal":
+            add("same", new[c:d])
+        else:
+            add("del", old[a:b])
+            add("ins", new[c:d])
+    return Diff(tuple(pieces))
+
+
+def _words(given: Any) -> list[tuple[str, str, bool]]:
+    """Words and marks of a text, each with the space before it and whether it is protected."""
+    text, spans = getattr(given, "text", given), getattr(given, "spans", ())
+    edges = sorted({0, len(text), *itertools.chain.from_iterable(spans)})
+    words, space = [], ""
+    for start, end in itertools.pairwise(edges):
+        protected = any(low <= start and end <= high for low, high in spans)
+        for token in re.findall(r"\s+|\w+(?:['’.-]\w+)*|[^\w\s]", text[start:end]):
+            if token.isspace():
+                space += token
+            else:
+                words.append((space, token, protected))
+                space = ""
+    return words
 
 
 def caption(recorded: Record | Iterable[Record] = (), live: Record | Iterable[Record] = ()) -> None:
