@@ -1,0 +1,898 @@
+"""Episodes on disk in the LeRobot dataset format v3.0, written and read without lerobot.
+
+A data set is a folder::
+
+    meta/info.json                                features, sizes, paths
+    meta/stats.json                               minimum, maximum, mean, deviation, quantiles
+    meta/tasks.parquet                            the instructions
+    meta/episodes/chunk-000/file-000.parquet      one row an episode: where its frames are
+    meta/checksums.json                           SHA-256 of all other files (ours; optional)
+    data/chunk-000/file-000.parquet               one row a frame, one row group an episode
+    videos/<camera>/chunk-000/file-000.mp4        the frames of many episodes in a row
+
+What lerobot writes or the hub has in this format is read, too, whatever its keys and sizes.
+"""
+
+import io
+import json
+import os
+import shutil
+import tempfile
+import warnings
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from feedforward.files import DataError, sha256
+
+VERSION = "v3.0"
+
+_DATA = "data/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+_VIDEO = "videos/{video_key}/chunk-{chunk_index:03d}/file-{file_index:03d}.mp4"
+_EPISODES = "meta/episodes/chunk-{chunk_index:03d}/file-{file_index:03d}.parquet"
+_CHECKSUMS = "meta/checksums.json"
+_FILES_A_CHUNK = 1000
+_DATA_MB, _VIDEO_MB = 100, 200
+_QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
+_COUNTERS = ("frame_index", "episode_index", "index", "task_index")
+_ENCODER = "libx264"
+
+
+class VideoError(RuntimeError):
+    """Images that cannot be written or read as video, and how to mend it."""
+
+
+# --- episodes -----------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Clip:
+    """The images of one camera through an episode, as an mp4.
+
+    Attributes:
+        data: The file.
+        shape: (frames, height, width).
+        histogram: (3, 256) how often each value occurs, by colour: exact statistics need no more.
+    """
+
+    data: bytes
+    shape: tuple[int, int, int]
+    histogram: np.ndarray
+
+
+@dataclass(frozen=True, eq=False)
+class Episode:
+    """One attempt at a task: T frames.
+
+    Attributes:
+        instruction: What was to be done.
+        state: (T, S) float32, what was observed.
+        actions: (T, A) float32, what was done then.
+        images: By camera (T, H, W, 3) uint8, or a clip.
+    """
+
+    instruction: str
+    state: np.ndarray
+    actions: np.ndarray
+    images: Mapping[str, "np.ndarray | Clip"]
+
+    def __len__(self) -> int:
+        return len(self.state)
+
+
+# --- video --------------------------------------------------------------------------------------
+
+
+def _av():
+    try:
+        import av
+    except ImportError as error:
+        raise VideoError(
+            f"video needs PyAV, which does not load ({error}): pip install av"
+        ) from error
+    return av
+
+
+def encode(frames: np.ndarray, fps: float) -> Clip:
+    """Images as an H.264 video in an mp4.
+
+    Every tenth frame is a key frame and none waits for a later one, so that any frame is found
+    fast and clips are joined without encoding them again.
+
+    Args:
+        frames: (T, H, W, 3) uint8; height and width must be even.
+        fps: Frames a second.
+
+    Raises:
+        VideoError: When there is no encoder.
+        ValueError: When the frames have another shape or type.
+    """
+    frames = np.asarray(frames)
+    if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
+        raise ValueError(f"frames are (T, H, W, 3) uint8, not {frames.shape} {frames.dtype}")
+    count, height, width, _ = frames.shape
+    if height % 2 or width % 2:
+        raise ValueError(f"H.264 needs an even height and width, not {height} x {width}")
+    av = _av()
+    try:
+        av.codec.Codec(_ENCODER, "w")
+    except Exception as error:  # PyAV's class of it differs between versions
+        raise VideoError(
+            f"this PyAV has no encoder {_ENCODER!r}: pip install --force-reinstall av brings one; "
+            "without images no encoder is needed"
+        ) from error
+    file = io.BytesIO()
+    with av.open(file, "w", format="mp4") as container:
+        options = {"crf": "20", "preset": "veryfast", "g": "10", "bf": "0", "threads": "1"}
+        stream = container.add_stream(_ENCODER, rate=round(fps), options=options)
+        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        for image in frames:
+            container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        container.mux(stream.encode())
+    pixels = frames.reshape(-1, 3)
+    histogram = np.stack([np.bincount(pixels[:, colour], minlength=256) for colour in range(3)])
+    return Clip(file.getvalue(), (count, height, width), histogram)
+
+
+def _join(clips: Sequence[bytes], counts: Sequence[int], fps: float, path: Path) -> None:
+    """Clips behind one another in one file, not encoded again."""
+    av = _av()
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with av.open(str(path), "w", format="mp4") as joined:
+        stream, before = None, 0
+        for clip, count in zip(clips, counts, strict=True):
+            with av.open(io.BytesIO(clip)) as source:
+                video = source.streams.video[0]
+                if stream is None:
+                    stream = joined.add_stream_from_template(video)
+                    stream.time_base = video.time_base
+                for packet in source.demux(video):
+                    if packet.dts is None:  # the empty packet at the end
+                        continue
+                    shift = round(before / fps / packet.time_base)
+                    packet.pts, packet.dts = packet.pts + shift, packet.dts + shift
+                    packet.stream = stream
+                    joined.mux(packet)
+            before += count
+
+
+def decode(path: str | os.PathLike, seconds: Sequence[float], fps: float) -> np.ndarray:
+    """Frames of a video at given times.
+
+    Args:
+        path: The video.
+        seconds: T times from the beginning of the video.
+        fps: Frames a second.
+
+    Returns:
+        (T, H, W, 3) uint8.
+
+    Raises:
+        VideoError: When there is no decoder, the video is damaged or has no frame at a time.
+    """
+    av = _av()
+    order = np.argsort(seconds, kind="stable")
+    frames: list[np.ndarray | None] = [None] * len(order)
+    try:
+        with av.open(str(path)) as container:
+            stream = container.streams.video[0]
+            unit = float(stream.time_base)
+            half, far = 0.5 / fps, 32 / fps
+            decoder, frame, at = None, None, -np.inf
+            for place in order:
+                wanted = float(seconds[place])
+                if frame is None or wanted - at > far:
+                    container.seek(max(0, int((wanted + half / 2) / unit)), stream=stream)
+                    decoder = container.decode(stream)
+                    frame = next(decoder)
+                    at = frame.pts * unit
+                while at < wanted - half:
+                    frame = next(decoder)
+                    at = frame.pts * unit
+                if at > wanted + half:
+                    raise VideoError(f"{path} has no frame at {wanted:.4f} s")
+                frames[place] = frame.to_ndarray(format="rgb24")
+    except StopIteration:
+        raise VideoError(f"{path} ends before {wanted:.4f} s") from None
+    except (OSError, ValueError, IndexError) as error:  # what PyAV raises for damaged files
+        raise VideoError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
+    return np.stack(frames)
+
+
+@dataclass(frozen=True, eq=False)
+class VideoFrames:
+    """The images of one camera of a data set, decoded when they are asked for.
+
+    ``frames[places]`` gives (B, H, W, 3) uint8 for an array of B places.
+
+    Attributes:
+        files: Videos.
+        file: (N,) the place in `files` of each frame.
+        seconds: (N,) its time there.
+        fps: Frames a second.
+        shape: (N, H, W, 3).
+    """
+
+    files: tuple[Path, ...]
+    file: np.ndarray
+    seconds: np.ndarray
+    fps: float
+    shape: tuple[int, int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.file)
+
+    def __getitem__(self, places: np.ndarray | slice) -> np.ndarray:
+        places = np.arange(len(self))[places]
+        images = np.empty((len(places), *self.shape[1:]), dtype=np.uint8)
+        for file in np.unique(self.file[places]):
+            rows = np.flatnonzero(self.file[places] == file)
+            images[rows] = decode(self.files[file], self.seconds[places[rows]], self.fps)
+        return images
+
+    def select(self, places: np.ndarray) -> "VideoFrames":
+        """The same for some of the frames."""
+        shape = (len(places), *self.shape[1:])
+        return VideoFrames(self.files, self.file[places], self.seconds[places], self.fps, shape)
+
+
+@dataclass(frozen=True, eq=False)
+class PictureFrames:
+    """The images of one camera that are stored as pictures in the table of frames.
+
+    ``frames[places]`` gives (B, H, W, 3) uint8 for an array of B places.
+
+    Attributes:
+        pictures: N encoded images, as Arrow read them.
+        places: (N,) which of them are meant.
+        shape: (N, H, W, 3).
+    """
+
+    pictures: Any
+    places: np.ndarray
+    shape: tuple[int, int, int, int]
+
+    def __len__(self) -> int:
+        return len(self.places)
+
+    def __getitem__(self, places: np.ndarray | slice) -> np.ndarray:
+        from PIL import Image
+
+        places = self.places[places]
+        images = np.empty((len(places), *self.shape[1:]), dtype=np.uint8)
+        for row, place in enumerate(places):
+            picture = self.pictures[int(place)].as_py()["bytes"]
+            images[row] = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+        return images
+
+    def select(self, places: np.ndarray) -> "PictureFrames":
+        """The same for some of the frames."""
+        return PictureFrames(self.pictures, self.places[places], (len(places), *self.shape[1:]))
+
+
+# --- statistics ---------------------------------------------------------------------------------
+
+
+def _statistics(values: np.ndarray) -> dict[str, list]:
+    """Of (T, D) or (T,) numbers, over T, as stats.json has them."""
+    values = np.asarray(values, dtype=np.float64).reshape(len(values), -1)
+    quantiles = np.quantile(values, list(_QUANTILES.values()), axis=0)
+    return {
+        "min": values.min(axis=0).tolist(),
+        "max": values.max(axis=0).tolist(),
+        "mean": values.mean(axis=0).tolist(),
+        "std": values.std(axis=0).tolist(),
+        "count": [len(values)],
+        **dict(zip(_QUANTILES, quantiles.tolist(), strict=True)),
+    }
+
+
+def _image_statistics(histogram: np.ndarray, frames: int) -> dict[str, list]:
+    """Of images with values from 0 to 1, over frames and pixels, each (3, 1, 1)."""
+    values = np.arange(256) / 255
+    share = histogram / histogram.sum(axis=1, keepdims=True)
+    mean = share @ values
+    found = {
+        "min": [values[colour.nonzero()[0][0]] for colour in histogram],
+        "max": [values[colour.nonzero()[0][-1]] for colour in histogram],
+        "mean": mean,
+        "std": np.sqrt(np.maximum(share @ values**2 - mean**2, 0)),
+    }
+    for name, quantile in _QUANTILES.items():
+        found[name] = [values[np.searchsorted(colour.cumsum(), quantile)] for colour in share]
+    shaped = {name: np.reshape(numbers, (3, 1, 1)).tolist() for name, numbers in found.items()}
+    return shaped | {"count": [frames]}
+
+
+# --- writing ------------------------------------------------------------------------------------
+
+
+def write_dataset(
+    folder: str | os.PathLike,
+    episodes: Iterable[Episode],
+    *,
+    fps: int,
+    state_names: Sequence[str],
+    action_names: Sequence[str],
+    robot: str | None = None,
+    notes: Mapping[str, Mapping[str, Any]] | None = None,
+) -> Path:
+    """Store episodes as a data set that appears when it is complete.
+
+    Args:
+        folder: Of the data set; it must not exist.
+        episodes: In order, of like sizes and cameras; images become video.
+        fps: Frames a second.
+        state_names: Of the numbers of a state.
+        action_names: Of the numbers of an action.
+        robot: What did it, in a word.
+        notes: More files in ``meta``: by name what ``<name>.json`` holds.
+
+    Returns:
+        The folder.
+
+    Raises:
+        DataError: When the folder exists, there is no episode, or one differs from the first in
+            sizes or cameras.
+        VideoError: When there are images and no encoder.
+    """
+    folder = Path(folder)
+    if folder.exists():
+        raise DataError(f"{folder} exists: give another folder, or delete it")
+    folder.parent.mkdir(parents=True, exist_ok=True)
+    temporary = Path(tempfile.mkdtemp(dir=folder.parent, prefix=f".{folder.name}.", suffix=".part"))
+    try:
+        _Writer(temporary, fps, state_names, action_names, robot).write(episodes, notes or {})
+        temporary.chmod(0o755)  # mkdtemp makes private folders
+        temporary.rename(folder)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+    return folder
+
+
+class _Writer:
+    def __init__(self, root: Path, fps: int, state_names, action_names, robot):
+        self.root, self.fps, self.robot = root, fps, robot
+        self.names = {"observation.state": list(state_names), "action": list(action_names)}
+
+    def write(self, episodes: Iterable[Episode], notes: Mapping[str, Mapping]) -> None:
+        episodes = [self._encoded(episode) for episode in episodes]
+        if not episodes:
+            raise DataError("there is no episode to store")
+        self._check(episodes)
+        instructions = list(dict.fromkeys(episode.instruction for episode in episodes))
+        columns = self._columns(episodes, instructions)
+        rows = self._rows(episodes, columns)
+        self._write_data(columns, rows)
+        for camera in episodes[0].images:
+            self._write_video(camera, [episode.images[camera] for episode in episodes], rows)
+        self._write_episodes(rows)
+        self._write_tasks(instructions)
+        statistics = {key: _statistics(np.concatenate(values)) for key, values in columns.items()}
+        for camera in episodes[0].images:
+            clips = [episode.images[camera] for episode in episodes]
+            statistics[_image_key(camera)] = _image_statistics(
+                sum(clip.histogram for clip in clips), sum(clip.shape[0] for clip in clips)
+            )
+        self._write_json("meta/stats.json", statistics)
+        self._write_json("meta/info.json", self._info(episodes, len(instructions)))
+        for name, content in notes.items():
+            self._write_json(f"meta/{name}.json", content)
+        files = sorted(path for path in self.root.rglob("*") if path.is_file())
+        checksums = {path.relative_to(self.root).as_posix(): sha256(path) for path in files}
+        self._write_json(_CHECKSUMS, checksums)
+
+    def _encoded(self, episode: Episode) -> Episode:
+        images = {
+            camera: frames if isinstance(frames, Clip) else encode(frames, self.fps)
+            for camera, frames in episode.images.items()
+        }
+        return Episode(
+            episode.instruction,
+            np.asarray(episode.state, dtype=np.float32),
+            np.asarray(episode.actions, dtype=np.float32),
+            images,
+        )
+
+    def _check(self, episodes: Sequence[Episode]) -> None:
+        sizes = tuple(map(len, self.names.values()))
+        cameras = {camera: clip.shape[1:] for camera, clip in episodes[0].images.items()}
+        for place, episode in enumerate(episodes):
+            found = tuple(values.shape[1:] for values in (episode.state, episode.actions))
+            if found != tuple((size,) for size in sizes):
+                raise DataError(
+                    f"episode {place} has states and actions of {found} numbers; {sizes} are named"
+                )
+            lengths = {len(episode.state), len(episode.actions)}
+            lengths |= {clip.shape[0] for clip in episode.images.values()}
+            if len(lengths) > 1 or not len(episode):
+                raise DataError(f"episode {place} has parts of {sorted(lengths)} frames")
+            if not (np.isfinite(episode.state).all() and np.isfinite(episode.actions).all()):
+                raise DataError(f"episode {place} holds numbers that are not finite")
+            if {camera: clip.shape[1:] for camera, clip in episode.images.items()} != cameras:
+                raise DataError(f"episode {place} has other cameras or sizes than the first")
+
+    def _columns(self, episodes, instructions) -> dict[str, list[np.ndarray]]:
+        """The table of frames: by column one array an episode."""
+        columns: dict[str, list[np.ndarray]] = {
+            "observation.state": [episode.state for episode in episodes],
+            "action": [episode.actions for episode in episodes],
+        }
+        begin = 0
+        for place, episode in enumerate(episodes):
+            frame = np.arange(len(episode))
+            counters = {
+                "timestamp": (frame / self.fps).astype(np.float32),
+                "frame_index": frame,
+                "episode_index": np.full(len(episode), place),
+                "index": begin + frame,
+                "task_index": np.full(len(episode), instructions.index(episode.instruction)),
+            }
+            for name, values in counters.items():
+                columns.setdefault(name, []).append(values)
+            begin += len(episode)
+        return columns
+
+    def _rows(self, episodes, columns) -> list[dict[str, Any]]:
+        """The table of episodes."""
+        bytes_of = [
+            sum(values[place].nbytes for values in columns.values())
+            for place in range(len(episodes))
+        ]
+        files, begin, rows = _places(bytes_of, _DATA_MB), 0, []
+        for place, episode in enumerate(episodes):
+            end = begin + len(episode)
+            row = {
+                "episode_index": place,
+                "tasks": [episode.instruction],
+                "length": len(episode),
+                "data/chunk_index": files[place][0],
+                "data/file_index": files[place][1],
+                "dataset_from_index": begin,
+                "dataset_to_index": end,
+            }
+            found = {key: _statistics(values[place]) for key, values in columns.items()}
+            for camera, clip in episode.images.items():
+                found[_image_key(camera)] = _image_statistics(clip.histogram, clip.shape[0])
+            row |= {
+                f"stats/{key}/{name}": numbers
+                for key, statistics in found.items()
+                for name, numbers in statistics.items()
+            }
+            rows.append(row | {"meta/episodes/chunk_index": 0, "meta/episodes/file_index": 0})
+            begin = end
+        return rows
+
+    def _write_data(self, columns, rows) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        types = {
+            "observation.state": pa.list_(pa.float32(), len(self.names["observation.state"])),
+            "action": pa.list_(pa.float32(), len(self.names["action"])),
+            "timestamp": pa.float32(),
+            **dict.fromkeys(_COUNTERS, pa.int64()),
+        }
+        schema = pa.schema(types.items())
+        for path, places in _by_file(rows, "data", _DATA):
+            (self.root / path).parent.mkdir(parents=True, exist_ok=True)
+            # one row group an episode, whose pages have checksums: damage stays in one episode
+            with pq.ParquetWriter(
+                self.root / path, schema, compression="snappy", write_page_checksum=True
+            ) as writer:
+                for place in places:
+                    arrays = [_arrow(columns[name][place], kind) for name, kind in types.items()]
+                    writer.write_table(pa.Table.from_arrays(arrays, schema=schema))
+
+    def _write_video(self, camera: str, clips: Sequence[Clip], rows) -> None:
+        key = _image_key(camera)
+        places = _places([len(clip.data) for clip in clips], _VIDEO_MB)
+        before, last = 0, None
+        for row, clip, place in zip(rows, clips, places, strict=True):
+            before = before if place == last else 0
+            row[f"videos/{key}/chunk_index"], row[f"videos/{key}/file_index"] = place
+            row[f"videos/{key}/from_timestamp"] = before / self.fps
+            before += clip.shape[0]
+            row[f"videos/{key}/to_timestamp"] = before / self.fps
+            last = place
+        for path, members in _by_file(rows, f"videos/{key}", _VIDEO.replace("{video_key}", key)):
+            _join(
+                [clips[place].data for place in members],
+                [clips[place].shape[0] for place in members],
+                self.fps,
+                self.root / path,
+            )
+
+    def _write_episodes(self, rows) -> None:
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        path = self.root / _EPISODES.format(chunk_index=0, file_index=0)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        pq.write_table(pa.Table.from_pylist(rows), path, compression="snappy")
+
+    def _write_tasks(self, instructions: Sequence[str]) -> None:
+        import pandas as pd
+
+        index = pd.Index(instructions, name="task")
+        tasks = pd.DataFrame({"task_index": np.arange(len(instructions))}, index=index)
+        tasks.to_parquet(self.root / "meta/tasks.parquet")
+
+    def _info(self, episodes: Sequence[Episode], tasks: int) -> dict[str, Any]:
+        features: dict[str, dict[str, Any]] = {
+            key: {"dtype": "float32", "shape": [len(names)], "names": names}
+            for key, names in self.names.items()
+        }
+        for camera, clip in episodes[0].images.items():
+            _, height, width = clip.shape
+            features[_image_key(camera)] = {
+                "dtype": "video",
+                "shape": [height, width, 3],
+                "names": ["height", "width", "channels"],
+                "info": {
+                    "video.height": height,
+                    "video.width": width,
+                    "video.codec": "h264",
+                    "video.pix_fmt": "yuv420p",
+                    "video.is_depth_map": False,
+                    "video.fps": self.fps,
+                    "video.channels": 3,
+                    "has_audio": False,
+                },
+            }
+        features["timestamp"] = {"dtype": "float32", "shape": [1], "names": None}
+        for name in _COUNTERS:
+            features[name] = {"dtype": "int64", "shape": [1], "names": None}
+        return {
+            "codebase_version": VERSION,
+            "robot_type": self.robot,
+            "total_episodes": len(episodes),
+            "total_frames": sum(map(len, episodes)),
+            "total_tasks": tasks,
+            "chunks_size": _FILES_A_CHUNK,
+            "data_files_size_in_mb": _DATA_MB,
+            "video_files_size_in_mb": _VIDEO_MB,
+            "fps": self.fps,
+            "splits": {"train": f"0:{len(episodes)}"},
+            "data_path": _DATA,
+            "video_path": _VIDEO if episodes[0].images else None,
+            "features": features,
+        }
+
+    def _write_json(self, name: str, content: Any) -> None:
+        path = self.root / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_text(json.dumps(content, indent=4) + "\n", encoding="utf-8")
+
+
+def _image_key(camera: str) -> str:
+    return f"observation.images.{camera}"
+
+
+def _places(sizes: Sequence[int], limit_mb: int) -> list[tuple[int, int]]:
+    """Chunk and file of each episode, so that a file stays below its limit where it can."""
+    places, file, total = [], 0, 0
+    for size in sizes:
+        if total and total + size > limit_mb * 2**20:
+            file, total = file + 1, 0
+        total += size
+        places.append(divmod(file, _FILES_A_CHUNK))
+    return places
+
+
+def _by_file(rows, prefix: str, pattern: str) -> Iterator[tuple[str, list[int]]]:
+    """The files that the table of episodes names, each with the places of its episodes."""
+    members: dict[str, list[int]] = {}
+    for place, row in enumerate(rows):
+        path = pattern.format(
+            chunk_index=row[f"{prefix}/chunk_index"], file_index=row[f"{prefix}/file_index"]
+        )
+        members.setdefault(path, []).append(place)
+    yield from members.items()
+
+
+def _arrow(values: np.ndarray, kind):
+    import pyarrow as pa
+
+    if values.ndim == 1:
+        return pa.array(values, type=kind)
+    return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
+
+
+# --- reading ------------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True, eq=False)
+class Stored:
+    """What a data set holds, its damaged episodes left out.
+
+    Attributes:
+        state: (N, S) float32.
+        actions: (N, A) float32.
+        lengths: (E,) frames of each episode.
+        episodes: (E,) their numbers in the data set.
+        task: (E,) the place of each one's instruction.
+        instructions: Of all tasks.
+        statistics: As in ``meta/stats.json``, by feature.
+        images: By camera, N frames that are decoded when asked for.
+        info: ``meta/info.json``.
+    """
+
+    state: np.ndarray
+    actions: np.ndarray
+    lengths: np.ndarray
+    episodes: np.ndarray
+    task: np.ndarray
+    instructions: tuple[str, ...]
+    statistics: dict[str, dict[str, np.ndarray]]
+    images: dict[str, VideoFrames | PictureFrames]
+    info: dict[str, Any]
+
+
+def read_dataset(
+    folder: str | os.PathLike,
+    *,
+    state_key: str = "observation.state",
+    action_key: str = "action",
+) -> Stored:
+    """Read a data set; episodes that are damaged are left out with a warning that names them.
+
+    Args:
+        folder: Of the data set.
+        state_key: The feature that holds the states.
+        action_key: The feature that holds the actions.
+
+    Raises:
+        DataError: When it is no data set, has another version or lacks a feature, when what
+            describes it is damaged, or no episode is left.
+    """
+    return _Reader(Path(folder), state_key, action_key).read()
+
+
+class _Reader:
+    def __init__(self, root: Path, state_key: str, action_key: str):
+        self.root = root
+        self.info = self._json("meta/info.json")
+        version = self.info.get("codebase_version")
+        if version != VERSION:
+            raise DataError(
+                f"{root} has the LeRobot format {version!r} and {VERSION!r} is read here. "
+                "lerobot converts: python -m lerobot.scripts.convert_dataset_v21_to_v30"
+            )
+        self.features = self.info.get("features", {})
+        for key in (state_key, action_key):
+            if key not in self.features:
+                raise DataError(f"{root} has no feature {key!r}; it has {sorted(self.features)}")
+        self.keys = {"state": state_key, "actions": action_key}
+        path = root / _CHECKSUMS
+        self.checksums = self._json(_CHECKSUMS) if path.is_file() else {}
+
+    def read(self) -> Stored:
+        statistics = self._described("meta/stats.json", self._json)
+        instructions = self._described("meta/tasks.parquet", self._instructions)
+        rows = self._episodes()
+        kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
+        for path, places in _by_file(rows, "data", self.info["data_path"]):
+            kept += self._frames(path, [rows[place] for place in places], len(instructions))
+        kept.sort(key=lambda pair: pair[0]["episode_index"])
+        kept = self._with_sound_videos(kept)
+        if not kept:
+            raise DataError(f"{self.root} has no episode that can be read")
+        rows, parts = zip(*kept, strict=True)
+        lengths = np.array([row["length"] for row in rows])
+        return Stored(
+            state=np.concatenate([part["state"] for part in parts]),
+            actions=np.concatenate([part["actions"] for part in parts]),
+            lengths=lengths,
+            episodes=np.array([row["episode_index"] for row in rows]),
+            task=np.array([part["task"] for part in parts]),
+            instructions=instructions,
+            statistics={
+                key: {name: np.asarray(numbers) for name, numbers in found.items()}
+                for key, found in statistics.items()
+            },
+            images=self._images(rows, parts, lengths),
+            info=self.info,
+        )
+
+    def _json(self, name: str) -> dict[str, Any]:
+        path = self.root / name
+        if not path.is_file():
+            raise DataError(
+                f"{path} is missing: {self.root} is no data set in the LeRobot format {VERSION}"
+            )
+        try:
+            content = json.loads(path.read_text(encoding="utf-8"))
+        except ValueError as error:
+            raise DataError(f"{path} is damaged: {error}") from error
+        if not isinstance(content, dict):
+            raise DataError(f"{path} is damaged: it holds no object")
+        return content
+
+    def _is_whole(self, name: str) -> bool:
+        """Whether a file is as it was written, where that is known."""
+        path = self.root / name
+        return path.is_file() and self.checksums.get(name) in (None, sha256(path))
+
+    def _described(self, name: str, read: Callable[[str], Any]) -> Any:
+        """A file without which the others say nothing."""
+        if (self.root / name).is_file() and not self._is_whole(name):
+            raise DataError(f"{self.root / name} was changed since it was written")
+        return read(name)
+
+    def _instructions(self, name: str) -> tuple[str, ...]:
+        table = self._table(name)
+        text = next((key for key in table.column_names if key != "task_index"), None)
+        if text is None or "task_index" not in table.column_names:
+            raise DataError(f"{self.root / name} has the columns {table.column_names}")
+        found = dict(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
+        return tuple(found[place] for place in sorted(found))
+
+    def _table(self, name: str):
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        try:
+            return pq.read_table(self.root / name, page_checksum_verification=True)
+        except (OSError, pa.ArrowException) as error:
+            raise DataError(f"{self.root / name} cannot be read: {error}") from error
+
+    def _episodes(self) -> list[dict[str, Any]]:
+        files = sorted((self.root / "meta/episodes").glob("*/*.parquet"))
+        rows = []
+        for path in files:
+            name = path.relative_to(self.root).as_posix()
+            table = self._described(name, self._table)
+            wanted = [key for key in table.column_names if not key.startswith("stats/")]
+            rows += table.select(wanted).to_pylist()
+        if not rows:
+            raise DataError(f"{self.root} describes no episode in meta/episodes")
+        return sorted(rows, key=lambda row: row["episode_index"])
+
+    def _frames(self, name: str, rows, tasks: int) -> list[tuple[dict, dict]]:
+        """The episodes of one file with their frames, without the damaged ones."""
+        import pyarrow as pa
+
+        tables, damage = self._row_groups(name)
+        table = pa.concat_tables(tables) if tables else None
+        numbers = table["episode_index"].to_numpy() if table else np.array([], dtype=np.int64)
+        found = []
+        for row in rows:
+            mine = np.flatnonzero(numbers == row["episode_index"])
+            if not len(mine):
+                self._skip(row, damage or f"{name} does not hold it")
+                continue
+            part = table.slice(mine[0], mine[-1] - mine[0] + 1)
+            episode = {kind: _array(part[key]) for kind, key in self.keys.items()}
+            episode["task"] = part["task_index"][0].as_py()
+            episode["pictures"] = {key: part[key] for key in self._picture_keys}
+            if wrong := self._wrong(row, part, episode, tasks):
+                self._skip(row, wrong)
+            else:
+                found.append((row, episode))
+        return found
+
+    def _row_groups(self, name: str):
+        """What can be read of a file of frames, and what was wrong with it, or None."""
+        import pyarrow as pa
+        import pyarrow.parquet as pq
+
+        columns = [*self.keys.values(), *self._picture_keys]
+        columns += ["frame_index", "episode_index", "task_index"]
+        tables, damage = [], None
+        try:
+            with pq.ParquetFile(self.root / name, page_checksum_verification=True) as file:
+                for group in range(file.num_row_groups):
+                    try:
+                        tables.append(file.read_row_group(group, columns=columns))
+                    except (OSError, pa.ArrowException) as error:
+                        damage = f"{name} is damaged: {error}"
+        except (OSError, pa.ArrowException) as error:
+            damage = f"{name} cannot be read: {error}"
+        return tables, damage
+
+    def _wrong(self, row, part, episode, tasks: int) -> str | None:
+        frames = part["frame_index"].to_numpy()
+        if len(frames) != row["length"] or (frames != np.arange(len(frames))).any():
+            return f"it has {len(frames)} frames in order or not, and {row['length']} are described"
+        for kind, key in self.keys.items():
+            shape = (row["length"], *self.features[key]["shape"])
+            if episode[kind].shape != shape:
+                return f"its {key} has shape {episode[kind].shape}, and {shape} is described"
+            if not np.isfinite(episode[kind]).all():
+                return f"its {key} holds numbers that are not finite"
+        if not 0 <= episode["task"] < tasks:
+            return f"its task {episode['task']} is not among the {tasks} of meta/tasks.parquet"
+        return None
+
+    def _skip(self, row: Mapping[str, Any], why: str) -> None:
+        name = f"episode {row['episode_index']} ({', '.join(map(repr, row.get('tasks') or []))})"
+        warnings.warn(f"{self.root}: {name} is left out: {why}", stacklevel=2)
+
+    @cached_property
+    def _picture_keys(self) -> list[str]:
+        return [key for key, it in self.features.items() if it["dtype"] == "image"]
+
+    @cached_property
+    def _video_keys(self) -> list[str]:
+        return [key for key, it in self.features.items() if it["dtype"] == "video"]
+
+    def _video(self, row: Mapping[str, Any], key: str) -> str:
+        return self.info["video_path"].format(
+            video_key=key,
+            chunk_index=row[f"videos/{key}/chunk_index"],
+            file_index=row[f"videos/{key}/file_index"],
+        )
+
+    def _with_sound_videos(self, kept):
+        """Leave out what lies in the damaged part of a video, or in one that is missing."""
+        names = {self._video(row, key) for row, _ in kept for key in self._video_keys}
+        suspect = {name for name in names if not self._is_whole(name)}
+        sound = []
+        for row, part in kept:
+            problem = None
+            for key in self._video_keys:
+                if self._video(row, key) in suspect:
+                    try:
+                        frames = self._images([row], [part], np.array([row["length"]]))
+                        frames[_camera(key)][:]
+                    except VideoError as error:
+                        problem = str(error)
+            if problem:
+                self._skip(row, problem)
+            else:
+                sound.append((row, part))
+        return sound
+
+    def _images(self, rows, parts, lengths) -> dict[str, VideoFrames | PictureFrames]:
+        images: dict[str, VideoFrames | PictureFrames] = {}
+        total = int(lengths.sum())
+        for key in self._video_keys:
+            paths = [self.root / self._video(row, key) for row in rows]
+            files = tuple(dict.fromkeys(paths))
+            begins = [row[f"videos/{key}/from_timestamp"] for row in rows]
+            within = [np.arange(length) / self.info["fps"] for length in lengths]
+            images[_camera(key)] = VideoFrames(
+                files=files,
+                file=np.repeat([files.index(path) for path in paths], lengths),
+                seconds=np.concatenate([b + w for b, w in zip(begins, within, strict=True)]),
+                fps=self.info["fps"],
+                shape=(total, *self._image_shape(key)),
+            )
+        for key in self._picture_keys:
+            import pyarrow as pa
+
+            chunks = [chunk for part in parts for chunk in part["pictures"][key].chunks]
+            images[_camera(key)] = PictureFrames(
+                pictures=pa.chunked_array(chunks),
+                places=np.arange(total),
+                shape=(total, *self._image_shape(key)),
+            )
+        return images
+
+    def _image_shape(self, key: str) -> tuple[int, int, int]:
+        """Height, width, colours: some data sets name the colours first."""
+        shape, names = self.features[key]["shape"], self.features[key].get("names") or []
+        first = names and names[0] in ("channel", "channels", "c")
+        return (shape[1], shape[2], shape[0]) if first else tuple(shape)
+
+
+def _camera(key: str) -> str:
+    return key.removeprefix("observation.images.")
+
+
+def _array(column) -> np.ndarray:
+    """A column of lists as (T, D) float32, one of numbers as (T, 1)."""
+    import pyarrow as pa
+
+    values = column.combine_chunks()
+    if pa.types.is_fixed_size_list(values.type) or pa.types.is_list(values.type):
+        flat = values.flatten().to_numpy(zero_copy_only=False)
+        if len(values) == 0 or len(flat) % len(values):
+            return np.full((len(values), 0), np.nan, dtype=np.float32)
+        return flat.reshape(len(values), -1).astype(np.float32)
+    return values.to_numpy(zero_copy_only=False).reshape(-1, 1).astype(np.float32)
