@@ -1,6 +1,8 @@
 """Figures can be read in both themes, on a phone, and by readers who see few colours."""
 
+import contextlib
 import itertools
+import re
 
 import IPython.display
 import matplotlib.pyplot as plt
@@ -10,6 +12,7 @@ import torch
 from matplotlib.colors import to_rgb, to_rgba
 
 from feedforward import plotting
+from feedforward.profiles import PROFILES, experiments_of, load_experiment
 from feedforward.records import Provenance, Record
 
 WHITE, DARK = "#ffffff", "#121212"
@@ -144,6 +147,42 @@ def test_variants_take_the_look_of_their_arm():
     for unknown in ("moebius", "low", ""):
         with pytest.raises(ValueError, match="no arm is named"):
             plotting.arm(unknown)
+
+
+@pytest.mark.parametrize("part", ["foundations", "structured-ffn", "structured-ffn-images"])
+def test_the_variants_of_a_part_differ_in_their_lines(part):
+    names = set()
+    for experiment in experiments_of(part):
+        for profile in PROFILES:
+            with contextlib.suppress(ValueError):  # not every experiment has every profile
+                names |= set(load_experiment(experiment).grid(experiment, profile))
+    place = re.compile(r"(-w\d+|-(s|m|l|xl)|-lr[\d.e-]+|-overtrained)+$")
+    looks = {}
+    for variant in {place.sub("", name) for name in names}:
+        look = plotting.line_style(variant)
+        looks.setdefault((look["color"], str(look["linestyle"])), set()).add(variant)
+    assert [variants for variants in looks.values() if len(variants) > 1] == []
+    assert len(looks) > 4
+    for name in names:  # where a run stands does not change its line
+        assert plotting.line_style(name) == plotting.line_style(place.sub("", name))
+
+
+def test_the_last_treatment_of_a_name_counts():
+    def dash(variant):
+        return plotting.line_style(variant)["linestyle"]
+
+    assert dash("lowrank-63-guided") == dash("lowrank-32-guided") != dash("lowrank-63")
+    assert dash("lowrank-32") == dash("wide-structured") == dash("gqa-overtrained") == "-"
+    assert dash("gqa-small-overtrained") == dash("gqa-small") != dash("gqa")
+    # a word inside another one is none
+    assert dash("lowrank-32-unguided") == "-"
+
+
+def test_every_dash_can_be_drawn(ax):
+    for words in plotting._DASHES:
+        ax.plot([0, 1], [0, 1], **plotting.line_style(f"lowrank-32-{words}"))
+    ax.figure.canvas.draw()
+    assert len({str(line._unscaled_dash_pattern) for line in ax.lines}) > 7
 
 
 # --- curves ---------------------------------------------------------------------------------------

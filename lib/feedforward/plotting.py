@@ -51,6 +51,7 @@ ARMS = {
     "premerged": Arm(_PURPLE, "v"),
     "wide-structured": Arm(_INDIGO, "P"),
     "gqa": Arm(_RED, "X"),
+    "gqa-small": Arm(_RED, "x"),
     "moe": Arm(_PURPLE, "s"),
     "switch": Arm(_RED, "^"),
     "vanilla-moe": Arm(_PURPLE, "s"),
@@ -62,14 +63,21 @@ ARMS = {
     "back-translation": Arm(_ORANGE, "P"),
 }
 
-# what follows an arm's name in a variant, such as the 63 of lowrank-63 -> the dash of its line
-_DASHES = {
+# What was done to an arm, in the words of a variant's name -> the dash of its line; of several the
+# last counts. What places a run on an axis (-w64, -xl, -lr0.016, -overtrained) and the usual 32 %
+# leave the line as it is.
+_DASHES: dict[str, Any] = {
     "63": "--",
-    "guided": "-.",
-    "orthonormal": "--",
-    "gaussian": ":",
+    "small": "--",
     "unbalanced": "--",
     "matched": "--",
+    "guided": "-.",
+    "equal-flops": ":",
+    "halfguided": (0, (6.4, 1.6, 3, 1.6)),
+    "halfmixed": (0, (6.4, 1.6, 1, 1.6, 1, 1.6)),
+    "released-guide": (0, (2, 3.5)),
+    "orthonormal": (0, (9, 2)),
+    "gaussian": (0, (1, 3.5)),
 }
 
 
@@ -97,13 +105,22 @@ def arm(variant: str) -> Arm:
 
 
 def line_style(variant: str) -> dict[str, Any]:
-    """The keywords that draw a variant's line: colour and dash.
+    """The keywords that draw a variant's line: the colour of its arm, the dash of its treatment.
+
+    So the variants of one comparison differ; runs of one variant at several widths, learning rates
+    or lengths look alike, since these are places on an axis.
 
     >>> line_style("lowrank-63")
     {'color': '#0095f9', 'linestyle': '--'}
+    >>> line_style("lowrank-32-guided-lr0.016") == line_style("lowrank-32-guided")
+    True
+
+    Raises:
+        ValueError: if no arm has this name.
     """
-    dashes = [_DASHES[word] for word in variant.split("-") if word in _DASHES]
-    return {"color": arm(variant).color, "linestyle": dashes[-1] if dashes else "-"}
+    named = {f"{variant}-".rfind(f"-{words}-"): dash for words, dash in _DASHES.items()}
+    place = max(named)
+    return {"color": arm(variant).color, "linestyle": named[place] if place >= 0 else "-"}
 
 
 def figure(
