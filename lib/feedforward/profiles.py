@@ -96,6 +96,7 @@ EXPERIMENTS = {
     "structured-ffn-stability": "feedforward.lm.structured",
     "structured-ffn-speed": "feedforward.lm.speed",
     "structured-ffn-images": "feedforward.images",
+    "robust-qa": "feedforward.qa.experiment",
 }
 
 
