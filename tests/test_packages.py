@@ -41,6 +41,10 @@ def test_sound_files_are_read_in_order(numbers):
     ]
     assert [file.path for file in source.read("b")] == ["numbers/b.json"]
     assert source.bytes == 5
+    lines = "".join(f"{path} {digest}\n" for path, (_, digest) in source.files.items())
+    assert source.sha256 == sha256(lines.encode())
+    one = dataclasses.replace(source, files={"numbers/b.json": (2, sha256(b"22"))})
+    assert one.sha256 == sha256(b"22")
     # a name outside ASCII is no part of a pattern
     (folder / "ç.json").write_bytes(b"3")
     assert len(list(source.read())) == 3

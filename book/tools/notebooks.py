@@ -60,8 +60,8 @@ class Notebook:
 
     @property
     def registry(self) -> list[str]:
-        """The registry of data sets, for a chapter that reads texts."""
-        reads = any(path.endswith("/lm/data.py") for path in self.modules)
+        """The registry of data sets, for a chapter that reads files of other packages."""
+        reads = any(path.endswith("/packages.py") for path in self.modules)
         return ["data/registry.toml"] if reads else []
 
     def read_source(self) -> nbformat.NotebookNode:

@@ -1,12 +1,13 @@
-"""Prepare and verify the data sets that the notebooks need, and note their checksums."""
+"""Check and prepare the data that the notebooks need, and note the checksums."""
 
 import argparse
+import dataclasses
 import json
 import sys
 from pathlib import Path
 
+from feedforward.embedded import pieces, prepare
 from feedforward.files import atomic_write
-from feedforward.lm.data import prepare
 from steps import StepFailed, step
 
 
@@ -17,7 +18,7 @@ def main() -> None:
     options = parser.parse_args()
     with step("prepare the data"):
         try:
-            report = prepare()
+            report = [dataclasses.asdict(prepare(name)) for name in pieces()]
         except ValueError as error:
             raise StepFailed(str(error)) from error
         with atomic_write(options.output, "w") as file:

@@ -187,12 +187,31 @@ def claims(
 def data(
     names: Annotated[list[str] | None, typer.Argument(help="Data sets; all if not given.")] = None,
 ) -> None:
-    """Check the texts of data/registry.toml against their checksums and prepare them."""
-    from feedforward.lm.data import prepare
+    """Check what comes with the book against its checksums; prepare the texts and questions."""
+    from feedforward.embedded import pieces, prepare
 
-    columns = ("name", "title", "source", "works", "bytes", "licence")
-    rows = prepare(names or None)
-    _table(columns, [[str(row[column]) for column in columns] for row in rows])
+    known = pieces()
+    for name in names or ():
+        if name not in known:
+            raise ValueError(unknown("data", name, known))
+    chosen = list(dict.fromkeys(names or known))
+    columns = ("name", "title", "source", "content", "bytes", "sha256", "licence")
+    rows = []
+    for number, name in enumerate(chosen, start=1):
+        _say(f"[{number}/{len(chosen)}] {name}  ...", file=sys.stderr)
+        piece = prepare(name)
+        rows.append(
+            (
+                name,
+                piece.title,
+                piece.source,
+                piece.content,
+                f"{piece.bytes:,}",
+                piece.sha256[:12],
+                piece.licence,
+            )
+        )
+    _table(columns, rows)
 
 
 @app.command()

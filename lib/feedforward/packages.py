@@ -83,6 +83,14 @@ class PackageFiles:
         """Size of all files together, in bytes."""
         return sum(size for size, _ in self.files.values())
 
+    @property
+    def sha256(self) -> str:
+        """One checksum: that of the only file, or of the lines "path checksum" of several."""
+        if len(self.files) == 1:
+            return next(digest for _, digest in self.files.values())
+        lines = "".join(f"{path} {digest}\n" for path, (_, digest) in self.files.items())
+        return hashlib.sha256(lines.encode()).hexdigest()
+
     def installed(self) -> importlib.metadata.Distribution:
         """The installation record of the package.
 

@@ -100,17 +100,6 @@ def test_the_arrays_are_small_mapped_and_within_the_vocabulary(embedded):
     assert "hamlet" in described
 
 
-def test_prepare_gives_a_row_a_source():
-    rows = data.prepare(["kjv", "shakespeare"])
-    assert [(row["name"], row["works"], row["ok"]) for row in rows] == [
-        ("kjv", 66, True),
-        ("shakespeare", 42, True),
-    ]
-    assert all(row["licence"] and row["bytes"] > 4e6 for row in rows)
-    with pytest.raises(ValueError, match=r"unknown data .*austen.*kjv"):
-        data.prepare(["austen"])
-
-
 # --- damaged sources ----------------------------------------------------------------------------
 
 

@@ -562,40 +562,6 @@ def train_tokenizer(texts: Iterable[str], vocabulary: int) -> Tokenizer:
     return tokenizer
 
 
-def prepare(names: Iterable[str] | None = None) -> list[dict]:
-    """Check embedded texts and prepare the default; one row a source for ``feedforward data``.
-
-    Args:
-        names: Which of `DATASETS`; None for all, which also trains the tokeniser and encodes.
-
-    Returns:
-        Rows of name, title, source, licence, bytes, works, ok (always True: trouble raises).
-
-    Raises:
-        ValueError: When a name is unknown.
-        DataError: When a file is missing or damaged.
-    """
-    wanted = list(DATASETS if names is None else names)
-    if unknown := [name for name in wanted if name not in DATASETS]:
-        raise ValueError(f"unknown data {unknown}; there are {sorted(DATASETS)}")
-    sources = registry()
-    rows = [
-        {
-            "name": name,
-            "title": sources[name].title,
-            "source": f"{sources[name].package} {sources[name].version}",
-            "licence": sources[name].licence,
-            "bytes": sources[name].bytes,
-            "works": len(DATASETS[name](sources[name])),
-            "ok": True,
-        }
-        for name in wanted
-    ]
-    if names is None:
-        load_text("embedded")
-    return rows
-
-
 # --- batches ------------------------------------------------------------------------------------
 
 
