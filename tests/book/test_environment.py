@@ -1,6 +1,9 @@
 """requirements.in, requirements.lock and environment.yml say the same."""
 
+import ast
 import re
+import sys
+import tomllib
 from pathlib import Path
 
 import pytest
@@ -59,3 +62,49 @@ def test_the_running_environment_is_the_locked_one(wanted):
     from importlib.metadata import version
 
     assert {name: version(name) for name in wanted} == wanted
+
+
+# --- pyproject.toml: the library without the book -------------------------------------------------
+
+
+def canonical(requirement: str) -> str:
+    return re.split(r"[^A-Za-z0-9_.-]", requirement)[0].lower().replace("_", "-")
+
+
+def test_the_extra_holds_the_packages_that_are_read(wanted):
+    text = (ROOT / "pyproject.toml").read_text()
+    block = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
+    extras = tomllib.loads(text)["project"]["optional-dependencies"]
+    named = dict(it.split("==") for it in extras["texts"])
+    # those installed without their dependencies can only stand in its comment
+    comment = block.partition("texts =")[0]
+    apart = dict(re.findall(r"([A-Za-z0-9_-]+)==([\d.]*\d)", comment))
+    assert apart.keys() == APART_IN_CONDA
+    registry = tomllib.loads((ROOT / "data" / "registry.toml").read_text())
+    read = {it["package"]: it["version"] for it in registry.values() if "package" in it}
+    assert named | apart == read
+    assert {name: wanted[name] for name in read} == read
+
+
+# what these are needed for says so when they are missing
+OPTIONAL = {"datasets", "nltk", "ipython"}
+PACKAGE_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "IPython": "ipython"}
+BROUGHT_BY = {"mujoco": "metaworld", "gymnasium": "metaworld"}
+
+
+def test_the_library_imports_what_it_declares():
+    imported = set()
+    for file in (ROOT / "lib").rglob("*.py"):
+        for node in ast.walk(ast.parse(file.read_text())):
+            if isinstance(node, ast.Import):
+                imported |= {alias.name.partition(".")[0] for alias in node.names}
+            elif isinstance(node, ast.ImportFrom) and not node.level:
+                imported.add(node.module.partition(".")[0])
+    others = imported - set(sys.stdlib_module_names) - {"feedforward"}
+    needed = {PACKAGE_OF.get(name, name) for name in others}
+    project = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
+    declared = {canonical(it) for it in project["dependencies"]}
+    extras = {canonical(it) for some in project["optional-dependencies"].values() for it in some}
+    assert needed - extras - OPTIONAL - BROUGHT_BY.keys() <= declared
+    assert set(BROUGHT_BY.values()) <= extras
+    assert declared - needed <= {"pandas", "seaborn"}  # for tables and figures of one's own
