@@ -388,12 +388,12 @@ def test_a_repeated_phase_sees_the_first_data_again(guided, seen):
 def test_every_process_repeats_its_own_data(guided, processes):
     """`train` gives micro-batch m of step s in process r the index (2s + m) * processes + r."""
     shared = dataclasses.replace(guided, processes=processes)
-    order = experiment._order(shared, lambda index: index)
+    order = experiment.data_order(shared, lambda index: index)
     per_step = 2 * processes
     indices = [order(index) for index in range(12 * per_step)]
     assert indices == [*range(8 * per_step), *range(4 * per_step)]
     plain = changed(shared, repeat=False)
-    assert experiment._order(plain, lambda index: index)(11 * per_step) == 11 * per_step
+    assert experiment.data_order(plain, lambda index: index)(11 * per_step) == 11 * per_step
 
 
 def test_a_guided_run_starts_as_the_plain_one(guided):
@@ -419,7 +419,7 @@ def test_the_released_start_is_not_what_the_layers_compute(blocks):
     )
     for released in (False, True):
         model = Decoder(config)
-        experiment._guide(model, Guidance(3, released_start=released))
+        experiment.start_guides(model, Guidance(3, released_start=released))
         layers = guided_layers(model)
         assert [(m.in_features, m.out_features) for m in layers] == [(12, 48), (48, 12)] * 2
         for module in layers:

@@ -11,7 +11,15 @@ from feedforward.layers.guided import guide
 from feedforward.lm.experiment import Guidance, guided_share, loss_spikes, training_flops
 from feedforward.lm.experiment import run as run_experiment
 from feedforward.lm.model import Decoder
-from feedforward.lm.structured import FFNS, LEARNING_RATES, RATES, STRUCTURED_32, grid, run
+from feedforward.lm.structured import (
+    FFNS,
+    LEARNING_RATES,
+    RATES,
+    STRUCTURED_32,
+    grid,
+    half_guided,
+    run,
+)
 from feedforward.profiles import PROFILES, load_experiment
 from feedforward.records import config_key, load_records
 
@@ -61,9 +69,19 @@ def test_the_arms_are_all_there():
         expected |= set(names)
     assert set(CPU) == expected
     swept = [*FFNS, *(f"lowrank-32-{form}" for form in ("guided", "orthonormal", "gaussian"))]
-    forms = {f"{arm}-{form}" for arm in STRUCTURED_32 for form in ("halfguided", "halfmixed")}
+    forms = {half_guided(arm) for arm in STRUCTURED_32}
+    forms |= {f"{arm}-halfmixed" for arm in STRUCTURED_32}
     rates = {f"{arm}-lr{rate:g}" for arm in swept for rate in RATES}
     assert set(STABILITY) == rates | forms | {"blockshuffle-32-released-guide"}
+
+
+@pytest.mark.parametrize(
+    ("part", "profile"),
+    [(PARTS[0], "cpu"), (PARTS[0], "gpu"), (PARTS[1], "smoke"), (PARTS[1], "cpu")],
+)
+def test_no_run_is_trained_twice(part, profile):
+    runs = [dataclasses.replace(arm, variant="") for arm in grid(part, profile).values()]
+    assert len(set(map(config_key, runs))) == len(runs)
 
 
 @pytest.mark.parametrize("part", PARTS)
@@ -217,6 +235,10 @@ def test_the_runs_of_the_stability_part_differ_in_one_thing():
             "guide": dataclasses.replace(half, released_start=True),
         }
         assert arm.guidance == forms.get(name.partition("-lr")[0].rpartition("-")[2])
+    for name in STRUCTURED_32:
+        arm, mixed = STABILITY[half_guided(name)], STABILITY[f"{name}-halfmixed"]
+        assert (arm.guidance, arm.training.lr) == (half, LEARNING_RATES[name])
+        assert arm == dataclasses.replace(mixed, variant=arm.variant, guidance=half)
     for init in ("orthonormal", "gaussian"):
         own, other = (STABILITY[f"lowrank-32{i}-lr0.016"].model for i in ("", f"-{init}"))
         assert (own.init, other.init) == (None, init)

@@ -297,15 +297,28 @@ def breakdown(
     }
 
 
-def _linears(shape: TransformerShape, hidden: int) -> list[tuple[int, int]]:
-    """(in, out) of the linear maps of one FFN."""
+def ffn_maps(shape: TransformerShape, hidden: int) -> list[tuple[int, int]]:
+    """The linear maps of one FFN: two, or three if it is gated.
+
+    Explained in ``book/foundations/01-feed-forward``.
+
+    Args:
+        shape: Of the model.
+        hidden: Hidden width of the FFN; that of an expert may be another than the shape's.
+
+    Returns:
+        (in, out) of each map, in the order of the computation.
+
+    >>> ffn_maps(PAPER_SHAPES["s"], 3072)
+    [(768, 3072), (3072, 768)]
+    """
     into, out = (shape.width, hidden), (hidden, shape.width)
     return [into, into, out] if shape.gated else [into, out]
 
 
 def _ffn(shape: TransformerShape, kind: str, hidden: int) -> tuple[int, int, int]:
     """Of one FFN: parameters, active parameters, and those that matrix products use."""
-    linears = _linears(shape, hidden)
+    linears = ffn_maps(shape, hidden)
     biases = shape.bias * sum(m for _, m in linears)
     if kind in _STRUCTURED:
         count_weights = _STRUCTURED[kind].weight_count

@@ -11,6 +11,7 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import TypeVar
 
 import numpy as np
 import safetensors.torch
@@ -45,6 +46,8 @@ from feedforward.records import (
     run_lock,
 )
 from feedforward.training import TrainingConfig, seed_everything, train
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -172,7 +175,7 @@ def guided_share(dense: HasShape, structured: HasShape, *, stochastic: bool = Tr
     [0.3, 0.43]
     """
     full, part = (count(config).training_flops for config in (dense, structured))
-    return (full - part) / (_guide_flops(structured, stochastic) + part)
+    return (full - part) / (guide_flops(structured, stochastic=stochastic) + part)
 
 
 def guide_parameters(config: HasShape) -> int:
@@ -191,12 +194,18 @@ def training_flops(config: LanguageModelConfig) -> int:
     """
     flops = count(config.model).training_flops * config.tokens
     if config.guidance is not None:
-        guides = _guide_flops(config.model, config.guidance.stochastic)
+        guides = guide_flops(config.model, stochastic=config.guidance.stochastic)
         flops += guides * config.guidance.steps * config.tokens_per_step
     return flops
 
 
-def _guide_flops(structured: HasShape, stochastic: bool) -> int:
+def guide_flops(structured: HasShape, *, stochastic: bool = True) -> int:
+    """Training FLOPs of a token in the guides of a structured model.
+
+    Args:
+        structured: Its shape or configuration.
+        stochastic: Whether a guide is used in half of the forward passes, or in all.
+    """
     return (3 if stochastic else 6) * guide_parameters(structured)
 
 
@@ -335,7 +344,7 @@ def _train(
     model = Decoder(config.model)
     context = config.model.context
     if config.guidance is not None:
-        _guide(model, config.guidance)
+        start_guides(model, config.guidance)
     windows = partial(evaluation_batches, batch=4 * config.batch, context=context)
 
     def evaluate(model):
@@ -345,7 +354,7 @@ def _train(
     training = time.perf_counter()
     result = train(
         model,
-        _order(config, batches(text.train, config.batch, context, config.seed)),
+        data_order(config, batches(text.train, config.batch, context, config.seed)),
         partial(_loss, balance=config.balance, z=config.z),
         config.training,
         evaluate=evaluate,
@@ -395,12 +404,18 @@ def _text(config: LanguageModelConfig) -> Text:
     return load_text(config.source, vocabulary=config.model.vocabulary, tokens=tokens)
 
 
-def _order(
-    config: LanguageModelConfig, batch: Callable[[int], tuple[Tensor, Tensor]]
-) -> Callable[[int], tuple[Tensor, Tensor]]:
+def data_order(config: LanguageModelConfig, batch: Callable[[int], T]) -> Callable[[int], T]:
     """The data of each micro-batch: after the fresh data, a repeated phase begins from the start.
 
-    A function of the index alone, so that resuming inside the repeat is exact too.
+    A function of the index alone, so that resuming inside the repeat is exact too. Explained in
+    ``book/structured-ffn/03-self-guided-training``.
+
+    Args:
+        config: Of the run.
+        batch: The fresh data of the n-th micro-batch, counted over all processes.
+
+    Returns:
+        The data of the n-th micro-batch of the run, likewise.
     """
     if config.guidance is None or not config.guidance.repeat:
         return batch
@@ -409,7 +424,15 @@ def _order(
     return lambda index: batch(index if index < fresh else index - fresh)
 
 
-def _guide(model: Decoder, guidance: Guidance) -> None:
+def start_guides(model: Decoder, guidance: Guidance) -> None:
+    """Give the structured layers of a model their guides, in place.
+
+    Explained in ``book/structured-ffn/03-self-guided-training``.
+
+    Args:
+        model: Without guides.
+        guidance: Which guides, and whether BlockShuffle's start as in the paper's released code.
+    """
     guide(
         model,
         steps=guidance.steps,

@@ -293,14 +293,27 @@ def fit_line(flops: ArrayLike, loss: ArrayLike) -> LineFit:
     """
     flops, loss = _checked(flops, loss)
     x = np.log10(flops)
-    intercept, slope = map(float, _line(x, loss))
+    intercept, slope = map(float, least_squares(x, loss))
     sd, freedom = _scatter(x, loss)
     half = sd * float(stdtrit(freedom, _HIGH)) / math.sqrt(len(x) * x.var()) if freedom else sd
     return LineFit(intercept, slope, slope - half, slope + half, sd)
 
 
-def _line(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """Intercept and slope (..., 2) of least squares for y (..., n) over x (n,)."""
+def least_squares(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """The straight line through points with the least sum of squares.
+
+    Explained in ``book/structured-ffn/05-scaling``.
+
+    Args:
+        x: (n,), not all equal.
+        y: (..., n): one line for each row.
+
+    Returns:
+        Intercept and slope, (..., 2).
+
+    >>> least_squares(np.array([0.0, 1.0, 2.0]), np.array([1.0, 3.0, 5.0]))
+    array([1., 2.])
+    """
     slope = y @ _weights(x)
     return np.stack([y.mean(-1) - slope * x.mean(), slope], axis=-1)
 
@@ -312,7 +325,7 @@ def _weights(x: np.ndarray) -> np.ndarray:
 
 
 def _residuals(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    intercept, slope = _line(x, y)
+    intercept, slope = least_squares(x, y)
     return y - intercept - slope * x
 
 
@@ -691,7 +704,7 @@ def _draw(
             f"{len(a.flops)} runs of {a.sizes} sizes and {len(b.flops)} of {b.sizes} share no "
             "residuals; give the same sizes in both arms, or leave shared_residuals False"
         )
-    lines = np.stack([_line(arm.x, arm.y) for arm in arms])
+    lines = np.stack([least_squares(arm.x, arm.y) for arm in arms])
     rng = np.random.default_rng(seed)
     if all(len(rows) > 1 for arm in arms for rows in arm.rows):
         losses, widening, how = _by_seeds(arms, resamples, rng)
@@ -699,7 +712,7 @@ def _draw(
         losses, widening, how = _by_residuals(arms, resamples, rng, shared_residuals)
     else:
         return lines, None, "two runs leave no residuals to make an interval from"
-    draws = np.stack([_line(arm.x, y) for arm, y in zip(arms, losses, strict=True)], axis=1)
+    draws = np.stack([least_squares(arm.x, y) for arm, y in zip(arms, losses, strict=True)], axis=1)
     return lines, lines + widening * (draws - lines), how
 
 

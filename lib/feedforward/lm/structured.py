@@ -19,7 +19,7 @@ from feedforward.lm.model import DecoderConfig, paper_config
 from feedforward.profiles import get_profile, unknown
 from feedforward.training import TrainingConfig
 
-__all__ = ["LEARNING_RATES", "PAPER_TRAINING", "RATES", "grid", "plan", "run"]
+__all__ = ["LEARNING_RATES", "PAPER_TRAINING", "RATES", "grid", "half_guided", "plan", "run"]
 
 # kind of feed-forward layer by arm, at its two sizes
 _KINDS = {
@@ -314,7 +314,8 @@ def _stability(profile: str) -> list[LanguageModelConfig]:
         runs += swept(f"lowrank-32-{init}", replace(size.model("lowrank-32"), init=init))
     for name in STRUCTURED_32:
         model, lr = size.model(name), LEARNING_RATES[name]
-        runs.append(arm(f"{name}-halfguided", model, lr, half))
+        if (coin := half_guided(name)) not in {run.variant for run in runs}:
+            runs.append(arm(coin, model, lr, half))
         runs.append(arm(f"{name}-halfmixed", model, lr, replace(half, stochastic=False)))
     wrong = replace(half, released_start=True)
     model, lr = size.model("blockshuffle-32"), LEARNING_RATES["blockshuffle-32"]
@@ -325,6 +326,18 @@ def _stability(profile: str) -> list[LanguageModelConfig]:
         small = {"batch": 8, "curve_tokens": 4_096, "final_tokens": 16_384}
         return [_shortened(config, 48, **small) for config in runs]
     raise ValueError(f"{_STABILITY} has no profile {profile!r}: it has smoke and cpu")
+
+
+def half_guided(arm: str) -> str:
+    """The name of the stability run that guides an arm over its first half, at the arm's own rate.
+
+    Nothing is trained twice: LowRank's is one of its sweep of learning rates.
+
+    >>> half_guided("lowrank-32"), half_guided("blockdense-32")
+    ('lowrank-32-guided-lr0.016', 'blockdense-32-halfguided')
+    """
+    swept = f"{arm}-guided-lr{LEARNING_RATES[arm]:g}"
+    return swept if arm == "lowrank-32" else f"{arm}-halfguided"
 
 
 _STABILITY = "structured-ffn-stability"
