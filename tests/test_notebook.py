@@ -234,6 +234,12 @@ def test_diff_of_a_text_with_itself_is_the_text():
     assert repr(diff(text, text)) == text.rstrip()
 
 
+def test_words_that_went_leave_their_spaces():
+    assert repr(diff("Rock Springs", "Springs")) == "[-Rock-] Springs"
+    assert repr(diff("a big, old dog.", "a dog.")) == "a [-big, old-] dog."
+    assert repr(diff("a dog, big.", "a dog.")) == "a dog[-, big-]."
+
+
 def test_a_protected_word_is_the_same_only_as_a_protected_one():
     protected = ProtectedText("in May", ((3, 6),))
     assert repr(diff(protected, "in May")) == "in [-May-] {+May+}"

@@ -281,12 +281,16 @@ def diff(before: Any, after: Any) -> Diff:
                 pieces.extend([("same", gap)] if gap else [])
                 pieces.append((now, word))
 
+    kind_before = ""
     for kind, a, b, c, d in matcher.get_opcodes():
         if kind == "equal":
-            add("same", new[c:d])
+            # what went took the space that stood before the first word
+            between = old[a][0] if kind_before == "delete" else ""
+            add("same", [(new[c][0] or between, *new[c][1:]), *new[c + 1 : d]])
         else:
             add("del", old[a:b])
             add("ins", new[c:d])
+        kind_before = kind
     return Diff(tuple(pieces))
 
 
