@@ -482,7 +482,11 @@ class _Writer:
             (self.root / path).parent.mkdir(parents=True, exist_ok=True)
             # one row group an episode, whose pages have checksums: damage stays in one episode
             with pq.ParquetWriter(
-                self.root / path, schema, compression="snappy", write_page_checksum=True
+                self.root / path,
+                schema,
+                compression="snappy",
+                use_dictionary=False,
+                write_page_checksum=True,
             ) as writer:
                 for place in places:
                     arrays = [_arrow(columns[name][place], kind) for name, kind in types.items()]

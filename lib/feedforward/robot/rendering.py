@@ -6,10 +6,13 @@ whichever is installed. Without any, the simulation works all the same and image
 `RendererError`, which says how to get a renderer.
 """
 
+import atexit
 import os
 import sys
+import weakref
 from collections.abc import Sequence
 from ctypes.util import find_library
+from functools import cache
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -24,7 +27,8 @@ _OFF = ("disable", "disabled", "off", "false", "0")
 _DEVICES = ("nvidia0", "dri/renderD128")
 _INSTALL = (
     "On Debian or Ubuntu: apt-get install libosmesa6, or libegl1 and libgl1; then start Python "
-    "anew. Without a renderer, states, success and positions work, and images do not."
+    "anew, and import feedforward.robot before mujoco, or set MUJOCO_GL. Without a renderer, "
+    "states, success and positions work, and images do not."
 )
 
 
@@ -69,7 +73,27 @@ def _backend_of_mujoco() -> str:
     from mujoco import gl_context
 
     context = getattr(gl_context, "GLContext", None)
-    return context.__module__.rpartition(".")[2] if context else "none"
+    name = context.__module__.rpartition(".")[2] if context else "none"
+    # what MuJoCo takes when nothing was settled needs a window system
+    headless = sys.platform == "linux" and not os.environ.get("DISPLAY")
+    return "none" if name == "glfw" and headless else name
+
+
+_open: "weakref.WeakSet[Renderer]" = weakref.WeakSet()
+
+
+def _close_all() -> None:
+    for renderer in list(_open):
+        renderer.close()
+
+
+@cache
+def _close_all_at_exit() -> None:
+    """Called with a first renderer open, for what is registered last is done first at the exit.
+
+    Graphics contexts must go before their library ends, which MuJoCo has registered just now.
+    """
+    atexit.register(_close_all)
 
 
 class Renderer:
@@ -111,6 +135,8 @@ class Renderer:
                 f"MUJOCO_GL=osmesa or MUJOCO_GL=egl, set before Python starts, chooses another. "
                 f"{_INSTALL}"
             ) from error
+        _close_all_at_exit()
+        _open.add(self)
         flags = self._renderer.scene.flags
         for flag in ("SHADOW", "REFLECTION", "SKYBOX", "HAZE"):
             flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")] = False
@@ -127,6 +153,7 @@ class Renderer:
     def close(self) -> None:
         """Free what the graphics library holds."""
         self._renderer.close()
+        _open.discard(self)
 
 
 def _is_upside_down(model: "mujoco.MjModel", camera: str) -> bool:

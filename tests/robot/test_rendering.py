@@ -1,0 +1,101 @@
+"""A renderer is chosen by what is there, and up is up."""
+
+import sys
+
+import numpy as np
+import pytest
+
+from feedforward.robot import rendering
+from feedforward.robot.rendering import RendererError, choose_backend
+from feedforward.robot.tasks import make_environment
+
+
+@pytest.fixture
+def machine(monkeypatch):
+    """Pretend that some libraries, devices and settings are there, and MuJoCo not yet imported."""
+
+    def pretend(libraries=(), devices=(), **settings):
+        monkeypatch.setattr(rendering, "find_library", lambda name: name in libraries or None)
+        monkeypatch.setattr(rendering, "_DEVICES", devices)
+        monkeypatch.delitem(sys.modules, "mujoco", raising=False)
+        for name in ("MUJOCO_GL", "PYOPENGL_PLATFORM", "DISPLAY"):
+            monkeypatch.delenv(name, raising=False)
+        for name, value in settings.items():
+            monkeypatch.setenv(name, value)
+        return choose_backend()
+
+    monkeypatch.setattr(sys, "platform", "linux")
+    return pretend
+
+
+@pytest.mark.parametrize(
+    ("libraries", "devices", "expected"),
+    [
+        (("EGL", "GL"), (), "egl"),
+        (("EGL", "OpenGL", "OSMesa"), (), "osmesa"),
+        (("EGL", "OpenGL", "OSMesa"), ("null",), "egl"),  # a device that every machine has
+        (("EGL",), (), "none"),
+        ((), ("null",), "none"),
+    ],
+)
+def test_a_card_draws_by_egl_and_a_processor_by_what_is_there(
+    machine, monkeypatch, libraries, devices, expected
+):
+    import os
+
+    assert machine(libraries, devices) == expected
+    assert os.environ["MUJOCO_GL"] == ("disable" if expected == "none" else expected)
+
+
+def test_settings_are_respected(machine):
+    both = ("EGL", "GL", "OSMesa")
+    assert machine(both, MUJOCO_GL="egl") == "egl"
+    assert machine(both, MUJOCO_GL="off") == "none"
+    assert machine(both, PYOPENGL_PLATFORM="egl") == "egl"
+    assert machine(("OSMesa",), PYOPENGL_PLATFORM="egl") == "none"
+    assert machine((), DISPLAY=":0") == "glfw"
+
+
+def test_opengl_that_does_not_start_is_an_error_of_its_own(monkeypatch, renderer):
+    import mujoco
+
+    def broken(*_, **__):
+        raise ImportError("Cannot initialize a EGL device display")
+
+    environment = make_environment("reach")
+    environment.reset(0)
+    monkeypatch.setattr(mujoco, "Renderer", broken)
+    with pytest.raises(RendererError, match=r"does not start.*EGL device.*MUJOCO_GL=osmesa"):
+        environment.render(32)
+
+
+@pytest.mark.parametrize("camera", ["corner", "corner2", "corner3", "corner4"])
+def test_what_rises_goes_up_in_the_image(renderer, camera):
+    environment = make_environment("reach")
+    environment.reset(0)
+
+    def height(image):
+        """The mean row of the finger's blue, which nothing else has."""
+        red, green, blue = np.moveaxis(image.astype(int), -1, 0)
+        rows, _ = np.nonzero((green > 90) & (blue > 90) & (red < 40))
+        assert len(rows)
+        return rows.mean()
+
+    low = height(environment.render(160, camera))
+    for _ in range(40):
+        environment.step([0, 0, 1, 0])
+    assert height(environment.render(160, camera)) < low - 3
+    environment.close()
+
+
+def test_images_are_drawn_without_multisampling_and_shadows(renderer):
+    import mujoco
+
+    environment = make_environment("reach")
+    environment.reset(0)
+    drawn = rendering.Renderer(environment._simulator.model, size=48, cameras=("corner2",))
+    flags = drawn._renderer.scene.flags
+    for flag in ("SHADOW", "REFLECTION", "SKYBOX"):
+        assert not flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")]
+    assert environment._simulator.model.vis.quality.offsamples == 0
+    drawn.close()
