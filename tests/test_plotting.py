@@ -299,6 +299,48 @@ def test_routing_map_needs_a_row_a_token(experts):
         plotting.routing_map(["a", "b"], experts)
 
 
+def test_routing_tabs_colour_the_tokens_of_the_layer_that_is_chosen():
+    tabs = plotting.routing_tabs(
+        {"first": ["<s>", "a", "b"], "second": ["c"]},
+        {
+            "layer 2": {"first": [[7, 0], [1, 0], [-1, -1]], "second": [[1, 0]]},
+            "head": {"first": [2, 2, 2], "second": [0]},
+        },
+        marked={"first": slice(1, 3)},
+    )
+    text = tabs._repr_html_()
+    assert '<span data-0="7,0" data-1="2">&lt;s&gt;</span>' in text
+    assert (
+        '<mark><span data-0="1,0" data-1="2">a</span> <span data-0="–" data-1="2">b</span></mark>'
+    ) in text
+    # one button of each kind is chosen at the start, and each has an element that it is about
+    assert text.count(" checked>") == 2
+    name = re.search(r'id="(routing-\w+)"', text)[1]
+    assert set(re.findall(rf"#({name}-\w+-\d):checked", text)) == set(
+        re.findall(rf'id="({name}-\w+-\d)"', text)
+    )
+    # expert 7 has the colour of 1 and another line
+    color = plotting.PALETTE[1]
+    for expert, line in ((1, "solid"), (7, "double")):
+        assert re.search(rf'\^="{expert},"\]{{border-bottom:3px {line} {color}', text)
+    assert 'data-0="1">expert</span> 67%' in text
+    assert "<script" not in text
+
+
+@pytest.mark.parametrize(
+    ("texts", "experts"),
+    [
+        ({}, {"head": {}}),
+        ({"one": ["a"]}, {}),
+        ({"one": ["a"]}, {"head": {}}),
+        ({"one": ["a"]}, {"head": {"one": [0, 1]}}),
+    ],
+)
+def test_routing_tabs_need_every_layer_for_every_text(texts, experts):
+    with pytest.raises(ValueError, match="need"):
+        plotting.routing_tabs(texts, experts)
+
+
 # --- showing --------------------------------------------------------------------------------------
 
 

@@ -6,6 +6,7 @@ comparison has its own colour and marker through the whole book.
 
 import html
 import io
+import zlib
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -54,6 +55,7 @@ ARMS = {
     "gqa-small": Arm(_RED, "x"),
     "moe": Arm(_PURPLE, "s"),
     "switch": Arm(_RED, "^"),
+    "mixture": Arm(_INDIGO, "X"),
     "vanilla-moe": Arm(_PURPLE, "s"),
     "adamoe": Arm(_INDIGO, "D"),
     "csmoe": Arm(_ORANGE, "v"),
@@ -335,6 +337,130 @@ def routing_map(tokens: Sequence[str], experts: Any) -> RoutingMap:
     return RoutingMap(
         tuple(map(str, tokens)), tuple(tuple(e for e in row if e >= 0) for row in rows)
     )
+
+
+@dataclass(frozen=True)
+class RoutingTabs:
+    """Texts and layers to choose between, each token in the colour of its expert; no script.
+
+    Radio buttons and rules of CSS do it, so that it works in a page without a server. Where a
+    program takes away the rules all texts are left, without colours.
+    """
+
+    texts: Mapping[str, tuple[str, ...]]
+    layers: Mapping[str, Mapping[str, tuple[tuple[int, ...], ...]]]
+    marked: Mapping[str, slice]
+
+    def __repr__(self) -> str:
+        return f"routing of {', '.join(self.texts)} through {', '.join(self.layers)}"
+
+    def _repr_html_(self) -> str:
+        name = f"routing-{zlib.crc32(repr((self.texts, self.layers)).encode()):08x}"
+        return "".join(
+            [
+                f'<div class="routing-tabs" id="{name}"><style>{self._rules(name)}</style>',
+                _choices(name, "layer", self.layers),
+                _choices(name, "text", self.texts),
+                *(self._key(number, layer) for number, layer in enumerate(self.layers)),
+                *(self._text(number, title) for number, title in enumerate(self.texts)),
+                "</div>",
+            ]
+        )
+
+    def _rules(self, name: str) -> str:
+        rules = [
+            f"#{name} fieldset{{border:0;margin:0 0 .4em;padding:0}}"
+            f"#{name} legend{{font-size:.9em;margin:0;padding:0;float:none}}"
+            f"#{name} label{{display:inline-block;margin:0 .9em .2em 0}}"
+            f"#{name} p{{line-height:2.1;overflow-wrap:anywhere;margin:.5em 0}}"
+            f"#{name} span{{padding:0 .15em;border-radius:2px}}"
+            f"#{name} mark{{background:none;color:inherit;outline:2px solid;outline-offset:2px}}"
+            f"#{name} span::after{{font-size:.7em;vertical-align:sub;opacity:.85}}"
+        ]
+        for number in range(len(self.texts)):
+            rules.append(
+                f"#{name}:not(:has(#{name}-text-{number}:checked)) .text-{number}{{display:none}}"
+            )
+        for number, chosen in enumerate(self.layers.values()):
+            shown = f"#{name}:has(#{name}-layer-{number}:checked)"
+            rules.append(
+                f"#{name}:not(:has(#{name}-layer-{number}:checked)) .layer-{number}{{display:none}}"
+                f"{shown} [data-{number}]{{border-bottom:3px solid {INK}}}"
+                f"{shown} [data-{number}]::after{{content:attr(data-{number})}}"
+            )
+            for expert in sorted({row[0] for rows in chosen.values() for row in rows if row}):
+                color = PALETTE[expert % len(PALETTE)]
+                # the second round of colours has another line
+                line = ("solid", "double", "dotted")[expert // len(PALETTE) % 3]
+                first = f'{shown} [data-{number}="{expert}"],{shown} [data-{number}^="{expert},"]'
+                rules.append(f"{first}{{border-bottom:3px {line} {color};background:{color}2e}}")
+        return "".join(rules)
+
+    def _key(self, number: int, layer: str) -> str:
+        first = [row[0] for rows in self.layers[layer].values() for row in rows if row]
+        shares = (
+            f'<span data-{number}="{expert}">expert</span> {first.count(expert) / len(first):.0%}'
+            for expert in sorted(set(first))
+        )
+        answer = "; <mark>framed</mark>: the answer" if self.marked else ""
+        return f'<p class="layer-{number}">First choices: {", ".join(shares)}{answer}</p>'
+
+    def _text(self, number: int, title: str) -> str:
+        rows = [chosen[title] for chosen in self.layers.values()]
+        pieces = []
+        for token, *chosen in zip(self.texts[title], *rows, strict=True):
+            names = (",".join(map(str, row)) or "–" for row in chosen)
+            data = "".join(f' data-{layer}="{row}"' for layer, row in enumerate(names))
+            pieces.append(f"<span{data}>{html.escape(token)}</span>")
+        if title in self.marked and (inside := pieces[self.marked[title]]):
+            pieces[self.marked[title]] = [f"<mark>{' '.join(inside)}</mark>"]
+        return f'<p class="text-{number}">{" ".join(pieces)}</p>'
+
+
+def _choices(name: str, kind: str, titles: Iterable[str]) -> str:
+    """Radio buttons, the first of them chosen."""
+    buttons = (
+        f'<label><input type="radio" name="{name}-{kind}" id="{name}-{kind}-{number}"'
+        f"{' checked' * (number == 0)}> {html.escape(title)}</label>"
+        for number, title in enumerate(titles)
+    )
+    return f"<fieldset><legend>{kind}</legend>{''.join(buttons)}</fieldset>"
+
+
+def routing_tabs(
+    texts: Mapping[str, Sequence[str]],
+    experts: Mapping[str, Mapping[str, Any]],
+    *,
+    marked: Mapping[str, slice] | None = None,
+) -> RoutingTabs:
+    """Several texts through several layers, each token in the colour of its expert.
+
+    Args:
+        texts: title -> T tokens.
+        experts: layer -> title -> the chosen experts of its tokens, as `routing_map` takes them.
+        marked: title -> tokens to frame.
+
+    >>> tabs = routing_tabs({"one": ["the", "cat"]}, {"layer 2": {"one": [0, 1]}})
+    >>> tabs
+    routing of one through layer 2
+
+    Raises:
+        ValueError: if there is nothing to show, a layer lacks a text, or the lengths differ.
+    """
+    if (
+        not texts
+        or not experts
+        or any(chosen.keys() != texts.keys() for chosen in experts.values())
+    ):
+        raise ValueError(
+            f"tabs need a text, a layer, and every layer's experts for all of {list(texts)}"
+        )
+    layers = {
+        layer: {title: routing_map(texts[title], chosen[title]).experts for title in texts}
+        for layer, chosen in experts.items()
+    }
+    shown = {title: tuple(map(str, tokens)) for title, tokens in texts.items()}
+    return RoutingTabs(shown, layers, dict(marked or {}))
 
 
 def caption(recorded: Record | Iterable[Record] = (), live: Record | Iterable[Record] = ()) -> str:
