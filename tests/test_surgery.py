@@ -1123,7 +1123,7 @@ def test_premerge_measures_each_shape_once_and_leaves_what_never_wins(monkeypatc
         measured.append((type(layers[0]).__name__, layers[0].in_features, len(layers)))
         return 0 if isinstance(layers[0], BlockShuffle) else layers[0].in_features
 
-    monkeypatch.setattr("feedforward.surgery.measure_threshold", measure)
+    monkeypatch.setattr("feedforward.surgery.merging.measure_threshold", measure)
     assert premerge(model, largest=64) is model
     assert sorted(measured) == [
         ("BlockDense", 12, 2),
@@ -1164,7 +1164,7 @@ def test_premerge_measures_inside_the_running_model(monkeypatch):
             way()
         return {name: [cost] for name, cost in zip(runs, ran[-2:], strict=True)}
 
-    monkeypatch.setattr("feedforward.surgery.interleaved", interleaved)
+    monkeypatch.setattr("feedforward.surgery.merging.interleaved", interleaved)
     assert premerge(model, run=run, largest=64) is model
     layers = [layer for part in model[:2] for layer in part]
     assert [getattr(layer, "threshold", None) for layer in layers] == [5, None, 64, 1]

@@ -10,16 +10,21 @@ import sys
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from feedforward import LowRank, SelfGuided, training
+from feedforward import LowRank, SelfGuided
+from feedforward.files import sha256
 from feedforward.layers.guided import advance, release
 from feedforward.training import (
     EMA,
+    SCHEDULES,
     CheckpointError,
     TrainingConfig,
     TrainingError,
+    checkpoints,
+    loop,
     seed_everything,
     train,
 )
@@ -141,10 +146,10 @@ def test_a_finished_run_loads_without_training(tmp_path):
 def test_what_is_released_leaves_optimizer_and_checkpoint(tmp_path):
     run(tmp_path)
     (last,) = tmp_path.glob("step-*")
-    names = set(training.load_file(last / "optimizer.safetensors"))
+    names = set(load_file(last / "optimizer.safetensors"))
     assert "4.v/exp_avg" in names
     assert not any("guide" in name for name in names)
-    assert "4.guide" not in training.load_file(last / "model.safetensors")
+    assert "4.guide" not in load_file(last / "model.safetensors")
 
 
 def test_on_step_may_not_add_parameters():
@@ -180,7 +185,7 @@ def test_parameter_groups_set_rate_warmup_and_decay():
     def own(name, parameter):
         return {"lr": 0.5, "warmup": 5, "weight_decay": 0.3} if name == "1.weight" else {}
 
-    optimizer = training._adamw(model, config(weight_decay=0.1), own)
+    optimizer = loop._adamw(model, config(weight_decay=0.1), own)
     found = {
         parameter: (group["peak_lr"], group["warmup"], group["weight_decay"])
         for group in optimizer.param_groups
@@ -189,13 +194,13 @@ def test_parameter_groups_set_rate_warmup_and_decay():
     assert found[model[0].weight] == (3e-3, 0.1, 0.1)
     assert found[model[0].bias] == (3e-3, 0.1, 0.0)
     assert found[model[1].weight] == (0.5, 5, 0.3)
-    everything = training._adamw(model, config(decay_all=True), None)
+    everything = loop._adamw(model, config(decay_all=True), None)
     assert [group["weight_decay"] for group in everything.param_groups] == [0.1]
     with pytest.raises(ValueError, match="there is no setting of a parameter group 'rate'"):
-        training._adamw(model, config(), lambda name, parameter: {"rate": 1})
+        loop._adamw(model, config(), lambda name, parameter: {"rate": 1})
 
 
-@pytest.mark.parametrize("schedule", training.SCHEDULES)
+@pytest.mark.parametrize("schedule", SCHEDULES)
 def test_schedule_rises_to_the_peak_and_ends_where_it_should(schedule):
     settings = config(steps=100, warmup=10, schedule=schedule, final_lr=0.2)
     shares = [settings.lr_share(step) for step in range(100)]
@@ -309,7 +314,7 @@ def test_pickles_are_never_executed(stopped):
 
     torch.save({"version": 1, "config": Evil()}, stopped / "state.pt")
     sums = json.loads((stopped / "checksums.json").read_text())
-    sums["state.pt"] = training.sha256(stopped / "state.pt")
+    sums["state.pt"] = sha256(stopped / "state.pt")
     (stopped / "checksums.json").write_text(json.dumps(sums))
     with pytest.raises(CheckpointError, match="cannot be continued from"):
         run(stopped.parent)
@@ -337,7 +342,7 @@ def test_a_checkpoint_of_another_run_is_refused(stopped):
 
 @pytest.mark.parametrize("writer", ["save_file", "_flush", "_serialized"])
 def test_no_space_left_keeps_the_earlier_checkpoint(tmp_path, monkeypatch, writer):
-    original, calls = getattr(training, writer), []
+    original, calls = getattr(checkpoints, writer), []
 
     def full(*args):
         if (tmp_path / "step-00000005").exists() and args != (tmp_path,):
@@ -345,7 +350,7 @@ def test_no_space_left_keeps_the_earlier_checkpoint(tmp_path, monkeypatch, write
             raise OSError(errno.ENOSPC, "No space left on device")
         return original(*args)
 
-    monkeypatch.setattr(training, writer, full)
+    monkeypatch.setattr(checkpoints, writer, full)
     with pytest.raises(CheckpointError, match=r"step 10 .* no space left.*step-00000005, is kept"):
         run(tmp_path)
     monkeypatch.undo()

@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from safetensors.torch import load_file
 
-from feedforward import SelfGuided, count, training
+from feedforward import SelfGuided, count
 from feedforward.files import cache_directory
 from feedforward.layers.cost import PAPER_SHAPES
 from feedforward.layers.experts import collect_routing
@@ -542,7 +542,9 @@ def test_a_killed_guided_run_ends_with_the_same_numbers(
         guided.training, checkpoint_every_steps=every, evaluate_every=4, log_every=3
     )
     guided = dataclasses.replace(guided, training=often)
-    monkeypatch.setattr(training, "_flush", lambda path: None)  # no power cut here
+    monkeypatch.setattr(
+        "feedforward.training.checkpoints._flush", lambda path: None
+    )  # no power cut here
     if every not in undisturbed:
         record = run(guided, progress=False, device="cpu")
         weights = (run_directory(run, guided) / "model.safetensors").read_bytes()

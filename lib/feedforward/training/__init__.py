@@ -1,0 +1,28 @@
+"""One training loop for every model of the book: exact to resume, on one processor or many GPUs.
+
+A run that was killed continues from its last checkpoint and ends with the same numbers, bit for
+bit on the same machine: a batch is a function of its index, and a checkpoint holds the weights,
+the optimizer, the moving average, the random states and the curves so far.
+"""
+
+from feedforward.training.checkpoints import CheckpointError
+from feedforward.training.config import PRECISIONS, SCHEDULES, TrainingConfig
+from feedforward.training.loop import (
+    EMA,
+    TrainingError,
+    TrainingResult,
+    seed_everything,
+    train,
+)
+
+__all__ = [
+    "EMA",
+    "PRECISIONS",
+    "SCHEDULES",
+    "CheckpointError",
+    "TrainingConfig",
+    "TrainingError",
+    "TrainingResult",
+    "seed_everything",
+    "train",
+]
