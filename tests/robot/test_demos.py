@@ -18,7 +18,7 @@ from feedforward.robot.demos import (
     demonstrate,
     load_demonstrations,
 )
-from feedforward.robot.lerobot import VideoError, write_dataset
+from feedforward.robot.lerobot import write_dataset
 from feedforward.robot.tasks import Images, find_task, make_environment
 
 QUICK = ["handle-press", "coffee-button"]  # solved in some thirty steps
@@ -183,21 +183,6 @@ def test_images_are_stored_as_video_and_decoded_when_asked_for(renderer, tmp_pat
         stored, batch=3, horizon=2, seed=0, also={"corner2": stored.images["corner2"]}
     ).at(places)
     assert torch.equal(batch["corner2"], torch.from_numpy(theirs[places]))
-
-
-def test_images_need_an_encoder_to_be_stored(renderer, tmp_path, monkeypatch):
-    from feedforward.robot import lerobot
-
-    monkeypatch.setattr(lerobot, "_ENCODER", "libnothing")
-    with pytest.raises(VideoError, match="no encoder"):
-        collect(
-            "handle-press",
-            1,
-            images=Images(size=32),
-            folder=tmp_path / "set",
-            workers=1,
-            progress=False,
-        )
 
 
 # --- demonstrations -----------------------------------------------------------------------------

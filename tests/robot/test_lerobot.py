@@ -291,9 +291,7 @@ def foreign(folder, **changes):
         path = folder / f"data/chunk-000/file-{file:03d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
         pq.write_table(pa.table(columns), path)
-    pq.write_table(
-        pa.Table.from_pylist(rows), folder / "meta/episodes/chunk-000/file-000.parquet"
-    )
+    pq.write_table(pa.Table.from_pylist(rows), folder / "meta/episodes/chunk-000/file-000.parquet")
     tasks = {"task_index": [1, 0], "__index_level_0__": ["second", "first"]}
     pq.write_table(pa.table(tasks), folder / "meta/tasks.parquet")
     (folder / "meta/stats.json").write_text("{}")

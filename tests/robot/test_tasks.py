@@ -202,7 +202,7 @@ def test_an_attempt_begins_with_a_reset_and_ends():
         observation = environment.step([0, 0, 0, 0])
     assert observation.step == environment.task.max_steps
     assert not observation.success
-    with pytest.raises(ValueError, match="all its .* steps"):
+    with pytest.raises(ValueError, match=r"all its .* steps"):
         environment.step(np.zeros(4))
 
 

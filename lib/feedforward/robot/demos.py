@@ -26,6 +26,7 @@ from filelock import FileLock
 from tqdm import tqdm
 
 from feedforward.files import DataError, atomic_write
+from feedforward.profiles import unknown
 from feedforward.robot.lerobot import Clip, Episode, encode, read_dataset, write_dataset
 from feedforward.robot.tasks import (
     ACTION_NAMES,
@@ -423,9 +424,8 @@ def collect(
         )
     if len(set(names)) < len(names):
         raise ValueError(f"a task is named twice: {names}")
-    # what cannot work says so here, before any process starts
-    probe = make_environment(names[0], images=images, state=state)
-    probe.close()
+    if state not in STATE_NAMES:
+        raise ValueError(unknown("kind of state", state, STATE_NAMES))
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     workers = min(workers, len(order.jobs))
@@ -553,7 +553,7 @@ def _collect_into(folder: Path, order: _Order, workers: int, progress: bool) -> 
             return load_demonstrations(folder)
         shelf = _Shelf(folder.with_name(f".{folder.name}.collecting"))
         note = shelf.folder / "collection.json"
-        if note.is_file():
+        if any(shelf.folder.glob("*.npz")):
             _require_same(note, described, shelf.folder)
         else:
             with atomic_write(note, "w") as file:

@@ -34,10 +34,10 @@ SUITES: Mapping[str, tuple[str, ...]] = MappingProxyType(
             "assembly",
             "basketball",
             "bin-picking",
-            "box-close",
             "hammer",
             "hand-insert",
             "peg-insert-side",
+            "pick-out-of-hole",
             "pick-place-wall",
             "push-wall",
             "shelf-place",
@@ -462,20 +462,36 @@ def _snapshot(model) -> dict[str, np.ndarray]:
     return {name: getattr(model, name).copy() for name in names}
 
 
-def scripted_expert(task: Task | str) -> Callable[[np.ndarray], np.ndarray]:
-    """Meta-World's scripted policy of a task: from a full state (39,) to an action (4,).
+# Three scripts fail in one of ten to twenty attempts; told that a thing is a little elsewhere (in
+# metres), they do not.
+_CORRECTIONS = {
+    # a grasped peg hangs 27 mm below the hand, and from 25 mm on the script reaches for it again
+    "peg-insert-side": ("object_z", 0.010),
+    # the hand lifts the block by its upper edge, and it slips
+    "shelf-place": ("object_z", -0.005),
+    # the stick drags the thermos 2 cm behind itself, which then stops short of the goal
+    "stick-pull": ("goal_y", -0.020),
+}
 
-    Its actions are cut off at -1 and 1, where the simulator would cut them. One attempt each: some
-    scripts remember.
+
+def scripted_expert(task: Task | str) -> Callable[[np.ndarray], np.ndarray]:
+    """The scripted policy of a task: from a full state (39,) to an action (4,).
+
+    Meta-World's own, with small corrections in three tasks. Its actions are cut off at -1 and 1,
+    where the simulator would cut them.
     """
     task = find_task(task) if isinstance(task, str) else task
     policy = _metaworld().policies.ENV_POLICY_MAP[f"{task.name}-v3"]()
+    name, shift = _CORRECTIONS.get(task.name, ("object_z", 0.0))
+    place = STATE_NAMES["full"].index(name)
 
     def act(full_state: np.ndarray) -> np.ndarray:
+        seen = np.array(full_state, dtype=np.float64)  # some scripts write into what they are given
+        seen[place] += shift
         with warnings.catch_warnings():
             # says that actions are cut off, which is meant
             warnings.filterwarnings("ignore", message="Constant", category=UserWarning)
-            action = policy.get_action(np.asarray(full_state, dtype=np.float64))
+            action = policy.get_action(seen)
         return np.clip(action, -1, 1).astype(np.float32)
 
     return act
