@@ -215,7 +215,7 @@ def measure(
 ) -> Measured:
     """Answer questions and count how the experts are used meanwhile.
 
-    Explained in ``book/robust-qa/01-task-and-gap`` and ``book/robust-qa/03-experts``.
+    Explained in ``book/robust-qa/01-task-and-gap`` and ``book/robust-qa/03-readers-with-experts``.
 
     Args:
         reader: From ``build_reader``; its mode is restored.

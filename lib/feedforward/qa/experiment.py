@@ -194,6 +194,7 @@ _SMOKE = _Scale(
         precision="fp32",
         batch=8,
         log_every=2,
+        checkpoint_every_seconds=None,
         **_OURS,
     ),
     config={"length": 128, "stride": 32, "scored_inside": 16, "scored_outside": 8},

@@ -5,11 +5,12 @@ examples. The weights after each stage lie in a folder of their own under the ke
 decides them, so that runs with the same first stages share those weights.
 """
 
+import contextlib
 import json
 import os
 import shutil
 import time
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import lru_cache, partial
 from pathlib import Path
@@ -58,8 +59,7 @@ from feedforward.records import (
     run_directory,
     run_lock,
 )
-from feedforward.sources import fingerprint
-from feedforward.training import seed_everything, train
+from feedforward.training import TrainingConfig, seed_everything, train
 
 EXPERIMENT = "robust-qa"
 LOCAL = "FEEDFORWARD_DATA"
@@ -177,8 +177,7 @@ def run(
         except (FileNotFoundError, RecordError):
             pass
         data, tokenizer = load_data(config.source), load_tokenizer(config.reader.encoder)
-        training = _Training(config, data, tokenizer, progress, device)
-        reader, logs = training.after(len(config.stages))
+        reader, logs = _Training(config, data, tokenizer, progress, device).after()
         record = _measured(config, data, tokenizer, reader.to(device), logs, device)
         record.save(folder / "record.json")
     return record
@@ -201,8 +200,7 @@ def trained_reader(
     record = run(config, progress=progress, device=device)
     device = resolve_device(str(device))
     data, tokenizer = load_data(config.source), load_tokenizer(config.reader.encoder)
-    training = _Training(config, data, tokenizer, progress, device)
-    reader, _ = training.after(len(config.stages))
+    reader, _ = _Training(config, data, tokenizer, progress, device).after()
     return reader.to(device).eval(), tokenizer, data, record
 
 
@@ -350,7 +348,7 @@ def _usage(config, layers: Sequence[str], inside: Measured, tries: Sequence[Meas
 
 def _costs(reader: nn.Module, logs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     cost = count(reader)
-    encoders = [r.encoder for r in getattr(reader, "readers", [reader])]
+    encoders = _encoders(reader)
     tokens, pairs = (sum(log[name] for log in logs) for name in ("tokens", "token pairs"))
     attention = sum(
         12 * encoder.config.num_hidden_layers * encoder.config.hidden_size for encoder in encoders
@@ -374,6 +372,8 @@ class _Training:
     def __init__(self, config, data: Questions, tokenizer, progress: bool, device: torch.device):
         self.config, self.data, self.tokenizer = config, data, tokenizer
         self.progress, self.device = progress, device
+        # other code never goes on with these weights
+        self.code = run_directory(run, config).name.rpartition("-")[2]
 
     def folder(self, stages: int) -> Path:
         """Where the weights after so many stages lie: under all that decides them."""
@@ -387,19 +387,20 @@ class _Training:
             decisive |= {name: plain[name] for name in ("decoding", "batch")}
         if any(stage.choice == "reported" for stage in self.config.stages[:stages]):
             decisive["scored_outside"] = plain["scored_outside"]
-        key = f"{config_key(decisive, 'stages')}-{fingerprint(__name__)}"
+        key = f"{config_key(decisive, 'stages')}-{self.code}"
         return cache_directory("runs", self.config.experiment, "stages", key)
 
-    def after(self, stages: int) -> tuple[nn.Module, list[dict[str, Any]]]:
-        """The reader after so many stages, and what each of them did."""
+    def after(self, stages: int | None = None) -> tuple[nn.Module, list[dict[str, Any]]]:
+        """The reader after so many stages, by default all, and what each of them did."""
+        stages = len(self.config.stages) if stages is None else stages
         if not stages:
             seed_everything(self.config.seed)
-            return make_reader(self.config, self.device), []
+            return make_reader(self.config), []
         folder = self.folder(stages)
         folder.mkdir(parents=True, exist_ok=True)
         with run_lock(folder.with_name(folder.name + ".lock")):
             if (logs := self._ended(folder)) is not None:
-                reader = make_reader(self.config, self.device)
+                reader = make_reader(self.config)
                 _load_weights(reader, folder / "model.safetensors")
                 return reader, logs
             reader, logs = self.after(stages - 1)
@@ -435,34 +436,43 @@ class _Training:
         batches = Batches(features, stage.batch, config.seed)
         training = stage.training
         if stage.epochs is not None:
-            plain = Batches(windows(questions.plain), stage.batch, config.seed)
-            training = replace(training, steps=stage.epochs * plain.steps_per_epoch)
+            originals = Batches(windows(questions.plain), stage.batch, config.seed)
+            training = replace(training, steps=stage.epochs * originals.steps_per_epoch)
+        # on a processor PyTorch's fused kernel takes half again as long to train in bfloat16
+        # (256 tokens, measured with 2.13), and half as long to answer
+        fused = _encoders(reader)[0].config._attn_implementation
+        quick = "eager" if self.device.type == "cpu" else fused
         chooser = None
         if stage.choice != "last":
             asked = questions.held_out
             if stage.choice == "reported":
                 asked = _scored(config, self.data, "oodomain_val")
             answer = _answering(config, self.tokenizer, self.device)
-            chooser = _Chooser(
-                folder / "choice", answer, by_domain_of(config, asked, self.tokenizer)
-            )
+            held = by_domain_of(config, asked, self.tokenizer)
+
+            def scores() -> np.ndarray:
+                with _attention(reader, fused):
+                    return answer(reader, held).items.f1
+
+            chooser = _Chooser(folder / "choice", scores)
         padded = _padded(config, self.tokenizer)
         seed_everything(config.seed)
         frozen = list(expert_parameters(reader)) if stage.frozen_experts else []
         for parameter in frozen:
             parameter.requires_grad_(False)
-        result = train(
-            reader,
-            batches if padded is None else lambda step: pad(batches(step), *padded),
-            partial(_loss, balance=stage.balance),
-            training,
-            evaluate=chooser,
-            on_step=chooser.follow if chooser else None,
-            checkpoint=folder / "checkpoints",
-            device=self.device,
-            progress=self.progress,
-            description=f"{config.variant}, seed {config.seed}, stage {number + 1}",
-        )
+        with _attention(reader, quick):
+            result = train(
+                reader,
+                batches if padded is None else lambda step: pad(batches(step), *padded),
+                partial(reading_loss, balance=stage.balance),
+                training,
+                evaluate=chooser,
+                on_step=chooser.follow if chooser else None,
+                checkpoint=folder / "checkpoints" if _checkpoints(training) else None,
+                device=self.device,
+                progress=self.progress,
+                description=f"{config.variant}, seed {config.seed}, stage {number + 1}",
+            )
         for parameter in frozen:
             parameter.requires_grad_(True)
         log: dict[str, Any] = {
@@ -496,17 +506,21 @@ def _tokens(batches: Batches, steps: int, least: int) -> dict[str, int]:
     return {"tokens": tokens, "token pairs": pairs}
 
 
+def _checkpoints(training: TrainingConfig) -> bool:
+    """Whether a killed stage goes on; a short one may rather begin again than write them."""
+    return bool(training.checkpoint_every_steps or training.checkpoint_every_seconds)
+
+
 class _Chooser:
     """Scores the reader at points of its training and keeps the weights of the best of them.
 
     Args:
         folder: Of its own; what is in it is continued.
-        answer: ``answer(reader, features) -> Measured``.
-        features: Of the questions that choose, by domain.
+        scores: Gives the F1 of each question that chooses.
     """
 
-    def __init__(self, folder: Path, answer, features: Mapping[str, Features]):
-        self.folder, self.answer, self.features = folder, answer, features
+    def __init__(self, folder: Path, scores: Callable[[], np.ndarray]):
+        self.folder, self.scores = folder, scores
         self.weights = folder / "best.safetensors"
         self.step = 0
         self.points: dict[str, list[float]] = {}
@@ -518,17 +532,17 @@ class _Chooser:
         self.step = step
 
     def __call__(self, reader: nn.Module) -> dict[str, float]:
-        items = self.answer(reader, self.features).items
+        f1 = self.scores()
         # a run that goes on from a checkpoint comes by later points again
-        self.points = {step: f1 for step, f1 in self.points.items() if int(step) < self.step}
-        self.points[str(self.step)] = items.f1.tolist()
+        self.points = {step: own for step, own in self.points.items() if int(step) < self.step}
+        self.points[str(self.step)] = f1.tolist()
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.best == self.step:
             with atomic_write(self.weights) as file:
                 file.write(safetensors.torch.save(_weights(reader)))
         with atomic_write(self.folder / "points.json", "w") as file:
             json.dump(self.points, file)
-        return {"F1 that chooses": float(items.f1.mean())}
+        return {"F1 that chooses": float(f1.mean())}
 
     @property
     def best(self) -> int:
@@ -536,23 +550,33 @@ class _Chooser:
         return int(max(self.points, key=lambda step: (np.mean(self.points[step]), -int(step))))
 
 
-def make_reader(config: QuestionAnsweringConfig, device: str | torch.device) -> nn.Module:
-    """The untrained reader of a run, in evaluation mode.
-
-    Args:
-        config: Of the run.
-        device: Where it will run, which decides how attention is computed.
-    """
+def make_reader(config: QuestionAnsweringConfig) -> nn.Module:
+    """The untrained reader of a run, in evaluation mode."""
     reader = build_reader(replace(config.reader, seed=config.seed))
-    for one in getattr(reader, "readers", [reader]):
-        if config.dropout is not None:
-            for module in one.encoder.modules():
+    if config.dropout is not None:
+        for encoder in _encoders(reader):
+            for module in encoder.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = config.dropout
-        if torch.device(device).type == "cpu":
-            # PyTorch's fused kernel is slower there, most of all its backward pass in bfloat16
-            one.encoder.set_attn_implementation("eager")
     return reader
+
+
+def _encoders(reader: nn.Module) -> list[nn.Module]:
+    return [one.encoder for one in getattr(reader, "readers", [reader])]
+
+
+@contextlib.contextmanager
+def _attention(reader: nn.Module, implementation: str) -> Iterator[None]:
+    """Compute the encoders' attention this way in the block."""
+    encoders = _encoders(reader)
+    before = encoders[0].config._attn_implementation
+    for encoder in encoders:
+        encoder.set_attn_implementation(implementation)
+    try:
+        yield
+    finally:
+        for encoder in encoders:
+            encoder.set_attn_implementation(before)
 
 
 def _weights(reader: nn.Module) -> dict[str, Tensor]:
@@ -572,10 +596,22 @@ def _load_weights(reader: nn.Module, file: Path) -> None:
         raise ValueError(f"{file} cannot be read ({error}). Delete it to train again.") from error
 
 
-def _loss(
+def reading_loss(
     reader: nn.Module, batch: dict[str, Tensor], *, balance: float
 ) -> tuple[Tensor, dict[str, Tensor]]:
-    """Cross-entropy of the answer's first and last token, their mean, and the balance loss."""
+    """The loss of a batch: cross-entropies of the answer's first and last token, their mean.
+
+    Padding cannot be an answer. With experts, ``load_balancing_loss`` of each layer, averaged over
+    the layers, is added with its weight.
+
+    Args:
+        reader: From ``build_reader``.
+        batch: As ``Features.batch`` gives it.
+        balance: That weight.
+
+    Returns:
+        The loss, and the numbers that become curves of training.
+    """
     inputs = {name: value for name, value in batch.items() if not name.endswith("_positions")}
     with collect_routing(reader) as routings:
         output = reader(**inputs)
@@ -649,7 +685,7 @@ def trace_routing(
     """The routing of a question and its passage through every layer with experts.
 
     Of a passage in several windows the first that holds an answer is taken, else the first. There
-    is no padding. Explained in ``book/robust-qa/03-experts``.
+    is no padding. Explained in ``book/robust-qa/03-readers-with-experts``.
 
     Args:
         reader: With experts for single tokens; in evaluation mode afterwards.
