@@ -231,6 +231,37 @@ def test_grouped_product_and_loop_agree(monkeypatch, bias, mask):
         torch.testing.assert_close(found[name], gradient, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("shared_weight", [None, 0.3])
+@pytest.mark.parametrize("bias", [False, True])
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("count", [1, 2, 13])
+def test_few_tokens_without_a_gradient(router, bias, count, shared_weight, monkeypatch):
+    shared = nn.Linear(DIM, DIM)
+    moe = make(router, bias=bias, gated=True, shared=shared, shared_weight=shared_weight)
+    x = tokens(count)
+    expected = moe(x)
+    with torch.no_grad():
+        torch.testing.assert_close(moe(x), expected.detach())
+        # all to one expert
+        same = x[:1].expand(5, DIM)
+        torch.testing.assert_close(moe(same), expected[:1].detach().expand(5, DIM))
+        few = moe(x)
+        monkeypatch.setattr(module, "_FEW", 0)
+        torch.testing.assert_close(few, moe(x))
+        assert moe(x[:0]).shape == (0, DIM)
+
+
+def test_few_tokens_under_autocast_have_its_type():
+    moe, x = make("add", dtype=torch.float32, gated=True), tokens(dtype=torch.float32)
+    for each in (x, x[:1]):
+        with torch.autocast("cpu", torch.bfloat16):
+            recorded = moe(each)
+            with torch.no_grad():
+                few = moe(each)
+        assert few.dtype == recorded.dtype == torch.bfloat16
+        torch.testing.assert_close(few, recorded.detach(), rtol=3e-2, atol=3e-2)
+
+
 @pytest.mark.parametrize("dim", [7, 6, 1])
 def test_widths_that_the_grouped_product_refuses(dim):
     torch.manual_seed(0)

@@ -21,6 +21,9 @@ _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
 }
 
 
+_FEW = 64  # choices of experts, up to which starting kernels costs more than running them
+
+
 class MoE(nn.Module):
     """A feed-forward layer of E experts; a router gives each token k of them.
 
@@ -188,6 +191,8 @@ class MoE(nn.Module):
 
     def _route(self, x: Tensor, routing: Routing, kept: Tensor | None) -> Tensor:
         """The weighted sum of the chosen experts' outputs, (T, dim)."""
+        if kept is None and 0 < routing.indices.numel() <= _FEW and _eager_on_cpu(x):
+            return self._few(x, routing)
         dtype = x.dtype
         if _autocasting(x):  # grouped_mm does not know autocast
             dtype = torch.get_autocast_dtype(x.device.type)
@@ -222,6 +227,25 @@ class MoE(nn.Module):
         for other, weight in others:
             total = torch.addcmul(total, other, weight)
         return total
+
+    def _few(self, x: Tensor, routing: Routing) -> Tensor:
+        """The same for few choices without a gradient, sorted in Python: fewer calls of torch."""
+        ids, k = routing.indices.flatten().tolist(), routing.indices.shape[1]
+        if k == 1 and ids.count(ids[0]) == len(ids):  # often so when a robot plans alone
+            y = self._expert(x, ids[0])
+            return y * routing.weights.to(y.dtype)
+        places = torch.tensor(sorted(range(len(ids)), key=ids.__getitem__))
+        source = places if k == 1 else places // k
+        used = sorted(set(ids))
+        parts = x.index_select(0, source).split([ids.count(e) for e in used])
+        y = torch.cat([self._expert(part, e) for part, e in zip(parts, used, strict=True)])
+        y = y * routing.weights.to(y.dtype).view(-1, 1).index_select(0, places)
+        return y.new_zeros(x.shape).index_add_(0, source, y)
+
+    def _expert(self, x: Tensor, e: int) -> Tensor:
+        """The output of one expert."""
+        b_in, b_out = (None if b is None else b[e] for b in (self.b_in, self.b_out))
+        return F.linear(self._activate(F.linear(x, self.w_in[e], b_in)), self.w_out[e], b_out)
 
     def _grouped(self, rows, ids, offsets, w_in, b_in, w_out, b_out) -> Tensor:
         """All experts on rows sorted by expert, each matrix product in one kernel."""
@@ -345,6 +369,12 @@ def _autocasting(x: Tensor) -> bool:
     if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
         return False
     return torch.is_autocast_enabled(device)
+
+
+def _eager_on_cpu(x: Tensor) -> bool:
+    """Whether nothing is recorded: no gradient and no compilation; on the CPU."""
+    recorded = torch.is_grad_enabled() or torch.compiler.is_compiling()
+    return x.device.type == "cpu" and not recorded
 
 
 def _groupable(rows: Tensor, weight: Tensor) -> bool:

@@ -1,5 +1,6 @@
 """Which experts a token goes to, and with what weight: routers and the losses that balance them."""
 
+import contextlib
 from typing import NamedTuple
 
 import torch
@@ -308,4 +309,6 @@ def router_z_loss(routing: Routing) -> Tensor:
 def _without_autocast(device_type: str):
     """A context in which autocast is off, on devices that have it."""
     available = torch.amp.is_autocast_available(device_type)
-    return torch.autocast(device_type if available else "cpu", enabled=False)
+    if not (available and torch.is_autocast_enabled(device_type)):
+        return contextlib.nullcontext()
+    return torch.autocast(device_type, enabled=False)

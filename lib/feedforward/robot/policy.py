@@ -192,8 +192,8 @@ class PolicyConfig:
 _OF_EXPERTS = ("experts", "k", "shared", "shared_weight", "router_std")
 
 _SMALL = PolicyConfig(
-    state=39, action=4, horizon=8, width=128, depth=3, hidden=512, prefix_width=64,
-    prefix_hidden=128,
+    state=39, action=4, horizon=8, width=128, depth=3, heads=8, head_width=32, hidden=256,
+    prefix_width=64, prefix_hidden=128,
 )  # fmt: skip
 _LARGE = PolicyConfig(
     state=39, action=4, horizon=16, width=512, depth=8, heads=8, hidden=2048, prefix_width=256,
@@ -215,7 +215,7 @@ CONFIGS: Mapping[str, PolicyConfig] = MappingProxyType(
 )
 """Configurations by name, with the states and actions of Meta-World for the first two.
 
-- ``small``: 1 M parameters, for two processor cores;
+- ``small``: 1 M parameters, attention twice as wide as its tokens like pi0's, for two cores;
 - ``large``: 40 M, for a GPU;
 - ``pi0``, ``pi0-adamoe``: the sizes of pi0 (openpi's ``gemma_300m`` for the action expert and
   ``gemma_2b`` for the prefix, one token a camera), for the accounting of the action expert.
