@@ -2,6 +2,9 @@
 
 import dataclasses
 import json
+import signal
+import subprocess
+import sys
 
 import numpy as np
 import pytest
@@ -141,6 +144,29 @@ def test_a_damaged_episode_of_an_interrupted_collection_is_named_and_collected_a
         again = collect(QUICK, 2, seed=3, workers=1, folder=folder, progress=False)
     assert same(again, collected)
     assert len(begun) == 2
+
+
+def test_processes_end_with_the_one_that_is_killed(tmp_path):
+    script = tmp_path / "script.py"
+    script.write_text(
+        """
+import os, signal
+from concurrent.futures import ProcessPoolExecutor
+from multiprocessing import get_context
+from feedforward.robot.demos import _end_with_parent
+
+if __name__ == "__main__":
+    pool = ProcessPoolExecutor(1, get_context("spawn"), initializer=_end_with_parent)
+    print(pool.submit(os.getpid).result(), flush=True)
+    os.kill(os.getpid(), signal.SIGKILL)
+"""
+    )
+    # its output ends when the last process that holds it does, or never
+    ran = subprocess.run(
+        [sys.executable, script], stdout=subprocess.PIPE, stderr=subprocess.DEVNULL, timeout=120
+    )
+    assert ran.returncode == -signal.SIGKILL
+    assert int(ran.stdout)
 
 
 def test_a_folder_holds_one_collection(collected, tmp_path, interrupt):
