@@ -585,7 +585,8 @@ def test_routing_is_traced_token_by_token(config, data):
     assert (trace.tokens[0], trace.tokens[-1]) == ("[CLS]", "[SEP]")
     assert trace.indices.shape == trace.weights.shape == (2, count, 1)
     assert trace.probabilities.shape == (2, count, 4)
-    assert torch.equal(trace.probabilities.argmax(-1), trace.indices[..., 0])
+    chosen = trace.probabilities.gather(-1, trace.indices)[..., 0]
+    assert torch.equal(chosen, trace.probabilities.max(-1).values)
     passage = "".join(trace.tokens[trace.passage]).replace("##", "")
     assert passage == question.context.replace(" ", "")[: len(passage)]
     assert trace.domain == "gamma"
