@@ -255,7 +255,7 @@ def test_what_is_written_is_read(stored, make_episodes):
 
 
 def foreign(folder, **changes):
-    """A set as others write it: other keys, pictures in the table, one row group, no checksums."""
+    """A set as others write it: other keys, pictures in the table, no checksums."""
     rng = np.random.default_rng(1)
     lengths, rows, begin = [7, 5, 6], [], 0
     (folder / "meta/episodes/chunk-000").mkdir(parents=True)
@@ -290,7 +290,7 @@ def foreign(folder, **changes):
             begin += count
         path = folder / f"data/chunk-000/file-{file:03d}.parquet"
         path.parent.mkdir(parents=True, exist_ok=True)
-        pq.write_table(pa.table(columns), path)
+        pq.write_table(pa.table(columns), path, row_group_size=4)
     pq.write_table(pa.Table.from_pylist(rows), folder / "meta/episodes/chunk-000/file-000.parquet")
     tasks = {"task_index": [1, 0], "__index_level_0__": ["second", "first"]}
     pq.write_table(pa.table(tasks), folder / "meta/tasks.parquet")

@@ -21,7 +21,7 @@ import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -244,34 +244,66 @@ class VideoFrames:
 class PictureFrames:
     """The images of one camera that are stored as pictures in the table of frames.
 
-    ``frames[places]`` gives (B, H, W, 3) uint8 for an array of B places.
+    ``frames[places]`` gives (B, H, W, 3) uint8 for an array of B places. What is read stays for a
+    while, so that frames in their order come fast.
 
     Attributes:
-        pictures: N encoded images, as Arrow read them.
-        places: (N,) which of them are meant.
+        files: Tables of frames.
+        file: (N,) the place in `files` of each frame.
+        row: (N,) its row there.
+        key: The column.
         shape: (N, H, W, 3).
     """
 
-    pictures: Any
-    places: np.ndarray
+    files: tuple[Path, ...]
+    file: np.ndarray
+    row: np.ndarray
+    key: str
     shape: tuple[int, int, int, int]
 
     def __len__(self) -> int:
-        return len(self.places)
+        return len(self.file)
 
     def __getitem__(self, places: np.ndarray | slice) -> np.ndarray:
         from PIL import Image
 
-        places = self.places[places]
+        places = np.arange(len(self))[places]
         images = np.empty((len(places), *self.shape[1:]), dtype=np.uint8)
-        for row, place in enumerate(places):
-            picture = self.pictures[int(place)].as_py()["bytes"]
-            images[row] = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+        for file in np.unique(self.file[places]):
+            path = self.files[file]
+            ends = _row_group_ends(path)
+            mine = np.flatnonzero(self.file[places] == file)
+            rows = self.row[places[mine]]
+            groups = np.searchsorted(ends, rows, side="right")
+            for place, row, group in zip(mine, rows, groups, strict=True):
+                column = _row_group(path, int(group), self.key)
+                picture = column[int(row - ends[group])].as_py()["bytes"]  # counted from the end
+                images[place] = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
         return images
 
     def select(self, places: np.ndarray) -> "PictureFrames":
         """The same for some of the frames."""
-        return PictureFrames(self.pictures, self.places[places], (len(places), *self.shape[1:]))
+        shape = (len(places), *self.shape[1:])
+        return PictureFrames(self.files, self.file[places], self.row[places], self.key, shape)
+
+
+def _row_group_ends(path: Path) -> np.ndarray:
+    import pyarrow.parquet as pq
+
+    metadata = pq.read_metadata(path)
+    return np.cumsum([metadata.row_group(it).num_rows for it in range(metadata.num_row_groups)])
+
+
+@lru_cache(maxsize=4)
+def _row_group(path: Path, group: int, key: str):
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        with pq.ParquetFile(path, page_checksum_verification=True) as file:
+            return file.read_row_group(group, columns=[key])[key].combine_chunks()
+    except (OSError, pa.ArrowException) as error:
+        raise VideoError(f"{key!r} of {path} cannot be read: {error}") from error
 
 
 # --- statistics ---------------------------------------------------------------------------------
@@ -761,7 +793,7 @@ class _Reader:
         """The episodes of one file with their frames, without the damaged ones."""
         import pyarrow as pa
 
-        tables, damage = self._row_groups(name)
+        tables, places, damage = self._row_groups(name)
         table = pa.concat_tables(tables) if tables else None
         numbers = table["episode_index"].to_numpy() if table else np.array([], dtype=np.int64)
         found = []
@@ -770,10 +802,10 @@ class _Reader:
             if not len(mine):
                 self._skip(row, damage or f"{name} does not hold it")
                 continue
+            here = slice(mine[0], mine[-1] + 1)
             part = table.slice(mine[0], mine[-1] - mine[0] + 1)
             episode = {kind: _array(part[key]) for kind, key in self.keys.items()}
-            episode["task"] = part["task_index"][0].as_py()
-            episode["pictures"] = {key: part[key] for key in self._picture_keys}
+            episode |= {"task": part["task_index"][0].as_py(), "rows": places[here], "file": name}
             if wrong := self._wrong(row, part, episode, tasks):
                 self._skip(row, wrong)
             else:
@@ -781,23 +813,26 @@ class _Reader:
         return found
 
     def _row_groups(self, name: str):
-        """What can be read of a file of frames, and what was wrong with it, or None."""
+        """What can be read of a file of frames, in which rows, and what was wrong, or None."""
         import pyarrow as pa
         import pyarrow.parquet as pq
 
-        columns = [*self.keys.values(), *self._picture_keys]
-        columns += ["frame_index", "episode_index", "task_index"]
-        tables, damage = [], None
+        columns = [*self.keys.values(), "frame_index", "episode_index", "task_index"]
+        tables, places, damage = [], [np.array([], dtype=np.int64)], None
         try:
             with pq.ParquetFile(self.root / name, page_checksum_verification=True) as file:
+                begin = 0
                 for group in range(file.num_row_groups):
+                    end = begin + file.metadata.row_group(group).num_rows
                     try:
                         tables.append(file.read_row_group(group, columns=columns))
+                        places.append(np.arange(begin, end))
                     except (OSError, pa.ArrowException) as error:
                         damage = f"{name} is damaged: {error}"
+                    begin = end
         except (OSError, pa.ArrowException) as error:
             damage = f"{name} cannot be read: {error}"
-        return tables, damage
+        return tables, np.concatenate(places), damage
 
     def _wrong(self, row, part, episode, tasks: int) -> str | None:
         frames = part["frame_index"].to_numpy()
@@ -868,12 +903,13 @@ class _Reader:
                 shape=(total, *self._image_shape(key)),
             )
         for key in self._picture_keys:
-            import pyarrow as pa
-
-            chunks = [chunk for part in parts for chunk in part["pictures"][key].chunks]
+            names = [self.root / part["file"] for part in parts]
+            files = tuple(dict.fromkeys(names))
             images[_camera(key)] = PictureFrames(
-                pictures=pa.chunked_array(chunks),
-                places=np.arange(total),
+                files=files,
+                file=np.repeat([files.index(name) for name in names], lengths),
+                row=np.concatenate([part["rows"] for part in parts]),
+                key=key,
                 shape=(total, *self._image_shape(key)),
             )
         return images
