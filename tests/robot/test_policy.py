@@ -18,6 +18,7 @@ from feedforward.robot.policy import (
     PolicyConfig,
     load_policy,
     parameter_groups,
+    routes,
     sample_times,
     save_policy,
     time_embedding,
@@ -204,11 +205,38 @@ def test_plan_draws_from_its_generator():
     assert not torch.equal(plan(0), plan(1))
 
 
-def test_routings_of_a_plan_come_state_first_then_step_by_step():
-    policy, batch = make(replace(SMALL, ffn="adamoe")), make_batch()
+def test_routes_of_a_plan():
+    config = replace(SMALL, ffn="adamoe", k=2)
+    policy, batch = make(config), make_batch()
+    given = []
+    for block in policy.action_expert.blocks:
+        block.ffn.register_forward_pre_hook(lambda moe, args: given.append((moe, args[0])))
     with collect_routing(policy) as routings:
-        policy.plan(*seen(batch), steps=2)
-    assert [len(r.indices) for r in routings] == [6] * 3 + [6 * 4] * 3 * 2
+        policy.plan(*seen(batch), steps=5)
+    indices, weights = routes(routings, config)
+    assert indices.shape == weights.shape == (5, 3, 6, 4, 2)
+    # the third step, second layer, fifth row, last action; before come the layers of the state
+    moe, x = given[3 + 2 * 3 + 1]
+    routing = moe.router(x[4, 3:])
+    assert torch.equal(indices[2, 1, 4, 3], routing.indices[0])
+    torch.testing.assert_close(weights[2, 1, 4, 3], routing.weights[0])
+    for wrong in ([], routings[:-1], routings[:3], routings + routings):
+        with pytest.raises(ValueError, match="not those of one plan"):
+            routes(wrong, config)
+
+
+@pytest.mark.parametrize("ffn", ["dense", "adamoe"])
+def test_half_precision_by_autocast(ffn):
+    policy = make(replace(SEEING, ffn=ffn), dtype=torch.float32)
+    batch = make_batch(SEEING, dtype=torch.float32)
+    expected = loss_of(policy, batch)
+    with torch.autocast("cpu", torch.bfloat16):
+        loss = loss_of(policy, batch)
+        plan = policy.plan(*seen(batch))
+    torch.testing.assert_close(loss, expected, rtol=0.05, atol=0)
+    loss.backward()
+    assert plan.isfinite().all()
+    assert all(p.grad.isfinite().all() for p in policy.parameters())
 
 
 def test_times_are_those_of_pi0():

@@ -55,7 +55,8 @@ class PolicyConfig:
     - ``"csmoe"``: weighted by a softmax that sees token and probabilities (CSMoE);
     - ``"collapsed"``: a control, every token to the first expert with weight 1.
 
-    Explained in ``book/adamoe/01-flow-policy``, the kinds in ``book/adamoe/03-selecting``.
+    Explained in ``book/adamoe/01-a-policy-that-flows``, the kinds in
+    ``book/adamoe/03-selecting-is-not-weighting``.
 
     Args:
         state: numbers in the robot's state.
@@ -319,7 +320,7 @@ class CollapsedRouter(nn.Module):
     """Every token to the first expert with weight 1: a control, where nothing is selected.
 
     It stands for a router that has collapsed, which in arXiv 2510.14300 did better than a balanced
-    one. There is nothing to learn in it. Explained in ``book/adamoe/05-controls``.
+    one. There is nothing to learn in it. Explained in ``book/adamoe/05-controls-and-verdicts``.
 
     Args:
         dim: width of a token.
@@ -395,7 +396,7 @@ def sample_times(
     """Draw times of the flow, (count,): ``0.999 * Beta(1.5, 1) + 0.001``, where 1 is noise.
 
     The distribution leans towards noise (pi0). Beta(1.5, 1) is the power 2/3 of a uniform draw.
-    Explained in ``book/adamoe/01-flow-policy``.
+    Explained in ``book/adamoe/01-a-policy-that-flows``.
 
     >>> times = sample_times(10_000, generator=torch.Generator().manual_seed(0))
     >>> bool(times.min() >= 0.001), bool(times.max() <= 1), round(times.mean().item(), 2)
@@ -408,7 +409,7 @@ def time_embedding(times: Tensor, width: int) -> Tensor:
     """Sines and cosines of times with periods from 0.004 to 4, (B,) to (B, width); `width` even.
 
     As in pi0, so that differences of a thousandth of the flow can be told apart. Explained in
-    ``book/adamoe/01-flow-policy``.
+    ``book/adamoe/01-a-policy-that-flows``.
     """
     shares = torch.linspace(0, 1, width // 2, dtype=times.dtype, device=times.device)
     angles = times[:, None] * (2 * math.pi / (4e-3 * 1000**shares))
@@ -424,7 +425,7 @@ class FlowPolicy(nn.Module):
     so that keys and values of prefix and state are computed once a plan. States and actions are
     normalised inside (`set_statistics`). After pi0, which places tokens by rotation where this
     policy adds a learned vector to each action token, and whose prefix is a language model of its
-    own. Explained in ``book/adamoe/01-flow-policy``.
+    own. Explained in ``book/adamoe/01-a-policy-that-flows``.
 
     Args:
         config: sizes, and the kind of feed-forward layers.
@@ -592,7 +593,8 @@ class FlowPolicy(nn.Module):
         """Plan a chunk of actions: Euler steps from noise, prefix and state computed once.
 
         Under ``collect_routing(policy)`` the routings come layer by layer: first those of the
-        state (B tokens), then for each step those of the actions (B * H tokens, row by row).
+        state (B tokens), then for each step those of the actions (B * H tokens, row by row);
+        `routes` puts them in order.
 
         Args:
             state: (B, S).
@@ -644,7 +646,8 @@ class FlowPolicy(nn.Module):
             seen = [into(images[:, i]) for i, into in enumerate(self.images_in)]
             tokens.insert(0, torch.stack(seen, dim=1))
             real = F.pad(real, (len(seen), 0), value=True)
-        x, memory = torch.cat(tokens, dim=1), []
+        # under autocast too, what is added up from layer to layer is not rounded
+        x, memory = torch.cat(tokens, dim=1).to(text.dtype), []
         for layer in self.prefix:
             normed, own = layer.remember(x)
             memory.append(own)
@@ -654,7 +657,7 @@ class FlowPolicy(nn.Module):
 
     def _state_token(self, state: Tensor) -> Tensor:
         state = (state.to(self.state_mean) - self.state_mean) / self.state_std
-        return self.state_in(state).unsqueeze(1)
+        return self.state_in(state).unsqueeze(1).to(state.dtype)
 
     def _action_tokens(self, actions: Tensor, times: Tensor) -> Tensor:
         x = self.action_in(actions)
@@ -675,6 +678,37 @@ class FlowPolicy(nn.Module):
             )
         if images is not None:
             _require_shape("images", images, (rows, config.cameras, config.image_width))
+
+
+def routes(routings: Sequence[Routing], config: PolicyConfig) -> tuple[Tensor, Tensor]:
+    """The experts of each action, out of the routings that were collected from one plan.
+
+    Explained in ``book/adamoe/04-do-experts-specialise``.
+
+    Args:
+        routings: what ``collect_routing(policy)`` collected while ``policy.plan`` ran once.
+        config: of the policy.
+
+    Returns:
+        The chosen experts and their weights, each (steps, layers, B, H, k).
+
+    Raises:
+        ValueError: routings that do not come from one plan of a policy with experts.
+    """
+    steps = len(routings) // config.depth - 1
+    rows = len(routings[0].indices) if routings else 0
+    tokens = [rows] * config.depth + [rows * config.horizon] * (steps * config.depth)
+    if steps < 1 or [len(routing.indices) for routing in routings] != tokens:
+        raise ValueError(
+            f"{len(routings)} routings are not those of one plan with {config.depth} layers of "
+            "experts; collect them around a single call of plan"
+        )
+    shape = (steps, config.depth, rows, config.horizon, config.k)
+    chosen = routings[config.depth :]
+    return (
+        torch.stack([routing.indices for routing in chosen]).view(shape),
+        torch.stack([routing.weights for routing in chosen]).view(shape),
+    )
 
 
 # -- other policies of a trained one ---------------------------------------------------------------
@@ -748,7 +782,7 @@ def widened(policy: FlowPolicy, hidden: int, *, seed: int = 0) -> FlowPolicy:
 
     The new hidden units have fresh weights on the way in and zeros on the way out, so that they
     add nothing at first and learn from there: the control with as many parameters as experts have
-    (`PolicyConfig.dense_hidden`). Explained in ``book/adamoe/05-controls``.
+    (`PolicyConfig.dense_hidden`). Explained in ``book/adamoe/05-controls-and-verdicts``.
 
     Args:
         policy: the dense parent, which is left as it is.
@@ -800,7 +834,7 @@ class Objective:
     some steps (arXiv 2510.14300 and its code: 0.01, and 0.005 after 500 steps). Given to ``train``
     as `loss` and its `on_step` as `on_step`, a resumed run knows its step and so its weight. The
     curves ``flow`` and ``balance`` show the two parts; a dense policy has the first alone.
-    Explained in ``book/adamoe/03-selecting``.
+    Explained in ``book/adamoe/03-selecting-is-not-weighting``.
 
     Args:
         weights: of the balance loss, in the first steps and later.
