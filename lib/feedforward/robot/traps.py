@@ -2,7 +2,8 @@
 
 Top-k selection leaves arrays of two kinds: one column an expert, or one column a choice. These
 functions weight experts' outputs as the two released versions did, and as it should be, so that
-they can be compared. Nothing else uses them. Explained in ``book/adamoe/03-selecting-is-not-weighting``.
+they can be compared. Nothing else uses them. Explained in
+``book/adamoe/03-selecting-is-not-weighting``.
 """
 
 import torch
