@@ -323,7 +323,7 @@ def test_routing_tabs_colour_the_tokens_of_the_layer_that_is_chosen():
     color = plotting.PALETTE[1]
     for expert, line in ((1, "solid"), (7, "double")):
         assert re.search(rf'\^="{expert},"\]{{border-bottom:3px {line} {color}', text)
-    assert 'data-0="1">expert</span> 67%' in text
+    assert 'data-0="1">expert</span>&nbsp;67%' in text
     assert "<script" not in text
 
 

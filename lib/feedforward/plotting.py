@@ -374,7 +374,9 @@ class RoutingTabs:
             f"#{name} label{{display:inline-block;margin:0 .9em .2em 0}}"
             f"#{name} p{{line-height:2.1;overflow-wrap:anywhere;margin:.5em 0}}"
             f"#{name} span{{padding:0 .15em;border-radius:2px}}"
-            f"#{name} mark{{background:none;color:inherit;outline:2px solid;outline-offset:2px}}"
+            f"#{name} mark{{background:none;color:inherit;border:2px solid;border-radius:4px;"
+            "padding:.25em .1em;margin:0 .15em;"
+            "-webkit-box-decoration-break:clone;box-decoration-break:clone}"
             f"#{name} span::after{{font-size:.7em;vertical-align:sub;opacity:.85}}"
         ]
         for number in range(len(self.texts)):
@@ -399,7 +401,8 @@ class RoutingTabs:
     def _key(self, number: int, layer: str) -> str:
         first = [row[0] for rows in self.layers[layer].values() for row in rows if row]
         shares = (
-            f'<span data-{number}="{expert}">expert</span> {first.count(expert) / len(first):.0%}'
+            f'<span data-{number}="{expert}">expert</span>&nbsp;'
+            f"{first.count(expert) / len(first):.0%}"
             for expert in sorted(set(first))
         )
         answer = "; <mark>framed</mark>: the answer" if self.marked else ""
