@@ -97,6 +97,7 @@ EXPERIMENTS = {
     "structured-ffn-speed": "feedforward.lm.speed",
     "structured-ffn-images": "feedforward.images",
     "robust-qa": "feedforward.qa.experiment",
+    "adamoe": "feedforward.robot.experiment",
 }
 
 

@@ -1,0 +1,197 @@
+"""The arms of the AdaMoE part: which action experts, from one dense parent, tuned alike.
+
+Every arm of a seed starts from the same dense policy, ``dense-parent``, and is tuned for the same
+number of steps on the same batches: ``dense`` goes on as it is, the others get experts in the place
+of their feed-forward layers, or wider ones. The chapters of ``book/adamoe`` explain them.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from typing import Any
+
+from feedforward.profiles import get_profile, unknown
+from feedforward.robot.accounting import plan
+from feedforward.robot.policy import CONFIGS, PolicyConfig
+from feedforward.robot.runs import (
+    EXPERIMENT,
+    LOCAL,
+    Evaluation,
+    RobotConfig,
+    Tuning,
+    load_data,
+    rollouts_of,
+    run,
+    specialisation,
+    trained_policy,
+)
+from feedforward.robot.tasks import SUITES, Images
+from feedforward.training import TrainingConfig
+
+__all__ = [
+    "ARMS",
+    "Evaluation",
+    "RobotConfig",
+    "Tuning",
+    "grid",
+    "load_data",
+    "plan",
+    "rollouts_of",
+    "run",
+    "specialisation",
+    "trained_policy",
+]
+
+#: What distinguishes the tuning of each arm; ``dense-parent`` has none. ``dense-matched`` has as
+#: many parameters as ``single-expert`` in all and as ``adamoe`` active, ``dense-matched-total`` as
+#: ``adamoe`` in all, routers and adapters left out.
+ARMS: Mapping[str, Mapping[str, Any]] = {
+    "dense": {},
+    "adamoe": {"ffn": "adamoe"},
+    "vanilla-moe": {"ffn": "moe"},
+    "csmoe": {"ffn": "csmoe"},
+    "collapsed": {"ffn": "collapsed"},
+    "adamoe-k2": {"ffn": "adamoe", "k": 2},
+    "adamoe-e8": {"ffn": "adamoe", "experts": 8},
+    "adamoe-balance-none": {"ffn": "adamoe", "balance": (0.0, 0.0)},
+    "adamoe-balance-weaker": {"ffn": "adamoe", "balance": (0.001, 0.0005)},
+    "adamoe-balance-stronger": {"ffn": "adamoe", "balance": (0.1, 0.05)},
+    "single-expert": {"ffn": "adamoe", "experts": 1, "balance": (0.0, 0.0)},
+    "dense-matched": {"match": 2},
+    "dense-matched-total": {"match": 5},
+    "adamoe-preserved": {"ffn": "adamoe", "preserve": True},
+    "adamoe-released": {"ffn": "adamoe", "shared_weight": 0.5},
+}
+
+
+@dataclass(frozen=True)
+class _Scale:
+    """What the arms of a profile share.
+
+    Args:
+        policy: The dense parent.
+        parent: Its training.
+        tuning: Of all arms.
+        config: Further fields of the configuration.
+        switch: Steps of the first weight of the balance loss.
+        router_warmup: Steps.
+    """
+
+    policy: PolicyConfig
+    parent: TrainingConfig
+    tuning: TrainingConfig
+    config: Mapping[str, Any] = field(default_factory=dict)
+    switch: int = 500
+    router_warmup: int = 10
+
+    def arms(self) -> dict[str, RobotConfig]:
+        parent = RobotConfig("dense-parent", self.policy, self.parent, **self.config)
+        arms = {parent.variant: parent}
+        for variant, given in ARMS.items():
+            given = dict(given)
+            if match := given.pop("match", None):
+                given["hidden"] = match * self.policy.hidden
+            tuning = Tuning(
+                self.tuning, switch=self.switch, router_warmup=self.router_warmup, **given
+            )
+            arms[variant] = replace(parent, variant=variant, tuning=tuning)
+        return arms
+
+
+# --- the profiles -------------------------------------------------------------------------------
+
+_SHARED = {"betas": (0.9, 0.95), "clip": 1.0, "ema": 0.99, "weight_decay": 0.01}
+_SMALL = replace(CONFIGS["small"], width=96, heads=4, head_width=24, hidden=256, horizon=8, depth=3)
+# those whose demonstrations are longer than the median of the suite
+_LONG = ("assembly", "basketball", "bin-picking", "hammer", "shelf-place", "stick-pull")
+
+_SMOKE = _Scale(
+    policy=replace(_SMALL, width=32, heads=2, head_width=16, hidden=64, depth=2),
+    parent=TrainingConfig(
+        30, 1e-3, precision="fp32", log_every=5, checkpoint_every_seconds=None, **_SHARED
+    ),
+    tuning=TrainingConfig(
+        10, 3e-4, precision="fp32", log_every=5, checkpoint_every_seconds=None, **_SHARED
+    ),
+    config={
+        "tasks": ("drawer-close", "reach"),
+        "demonstrations": 2,
+        "batch": 16,
+        "evaluation": Evaluation(episodes=2, at_once=4),
+    },
+)
+_CPU = _Scale(
+    policy=_SMALL,
+    parent=TrainingConfig(2500, 1e-3, warmup=100, precision="fp32", log_every=50, **_SHARED),
+    tuning=TrainingConfig(700, 3e-4, warmup=100, precision="fp32", log_every=25, **_SHARED),
+    config={"tasks": SUITES["hard"], "demonstrations": 10, "long_tasks": _LONG},
+)
+_EASY = _Scale(
+    policy=_SMALL,
+    parent=TrainingConfig(1500, 1e-3, warmup=100, precision="fp32", log_every=50, **_SHARED),
+    tuning=_CPU.tuning,
+    config={
+        "tasks": SUITES["easy"],
+        "demonstrations": 20,
+        "evaluation": Evaluation(episodes=10),
+    },
+)
+_GPU = _Scale(
+    policy=replace(
+        CONFIGS["large"], state=4, image_width=768, cameras=2, prefix_width=256, prefix_hidden=1024
+    ),
+    parent=TrainingConfig(20_000, 3e-4, warmup=500, log_every=100, **_SHARED),
+    tuning=TrainingConfig(5_000, 1e-4, warmup=200, log_every=50, **_SHARED),
+    config={
+        "tasks": SUITES["hard"],
+        "demonstrations": 50,
+        "batch": 256,
+        "state": "robot",
+        "images": Images(84, ("corner2", "gripperPOV")),
+        "long_tasks": _LONG,
+        "evaluation": Evaluation(episodes=50),
+    },
+    router_warmup=20,
+)
+# The action expert, batch, rates and steps of the released code, dense and sparse alike 90,000;
+# text and images come from the encoders here, in the place of pi0's language model.
+_PAPER = _Scale(
+    policy=replace(
+        CONFIGS["pi0"],
+        state=8,
+        action=7,
+        text_width=384,
+        image_width=768,
+        cameras=2,
+        prefix_width=512,
+        prefix_hidden=2048,
+    ),
+    parent=TrainingConfig(
+        30_000, 2.5e-5, warmup=1000, log_every=100, checkpoint_every_seconds=600.0, **_SHARED
+    ),
+    tuning=TrainingConfig(
+        90_000, 2.5e-5, warmup=1000, log_every=100, checkpoint_every_seconds=600.0, **_SHARED
+    ),
+    config={"source": LOCAL, "batch": 32},
+    router_warmup=100,
+)
+
+_SCALES = {"smoke": _SMOKE, "cpu": _CPU, "gpu": _GPU, "paper": _PAPER}
+
+
+def grid(part: str, profile: str) -> dict[str, RobotConfig]:
+    """The arms of the part at a profile, by name, all with seed 0.
+
+    At cpu there is ``dense-easy`` too, a dense policy alone on the easy suite. At gpu the policies
+    see images and the robot's own state; at paper the action expert is pi0's, and demonstrations
+    come from a folder: scores of its tasks need their simulator.
+
+    Raises:
+        ValueError: When the part or the profile is unknown.
+    """
+    if part != EXPERIMENT:
+        raise ValueError(unknown("part", part, [EXPERIMENT]))
+    name = get_profile(profile).name
+    arms = _SCALES[name].arms()
+    if name == "cpu":
+        arms["dense-easy"] = replace(_EASY.arms()["dense-parent"], variant="dense-easy")
+    return arms

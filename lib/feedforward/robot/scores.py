@@ -1,0 +1,226 @@
+"""How sure success rates are, and how much an expert's choice tells about task or phase.
+
+Explained in ``book/adamoe/04-do-experts-specialise`` and ``book/adamoe/05-controls``.
+"""
+
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import pairwise
+from statistics import NormalDist
+
+import numpy as np
+
+
+def wilson(successes: int, attempts: int, *, level: float = 0.95) -> tuple[float, float]:
+    """Wilson's interval of a success rate, from 0 to 1; sound near both ends too.
+
+    Args:
+        successes: Among the attempts.
+        attempts: At least 1.
+        level: Of confidence.
+
+    Raises:
+        ValueError: When the counts do not fit together or the level is no share.
+
+    >>> low, high = wilson(50, 50)
+    >>> round(low, 3), high
+    (0.929, 1.0)
+    """
+    if attempts < 1 or not 0 <= successes <= attempts or not 0 < level < 1:
+        raise ValueError(
+            f"{successes} successes of {attempts} attempts at level {level}: give 0 <= successes "
+            "<= attempts, at least one attempt, and a level between 0 and 1"
+        )
+    z = NormalDist().inv_cdf(0.5 + level / 2)
+    rate, share = successes / attempts, z**2 / attempts
+    centre = (rate + share / 2) / (1 + share)
+    half = z * np.sqrt(rate * (1 - rate) / attempts + share / (4 * attempts)) / (1 + share)
+    return max(0.0, float(centre - half)), min(1.0, float(centre + half))
+
+
+@dataclass(frozen=True)
+class Difference:
+    """A difference of two means over the same episodes, with its interval.
+
+    Attributes:
+        estimate: First minus second.
+        low: Lower end.
+        high: Upper end.
+        episodes: Pairs.
+    """
+
+    estimate: float
+    low: float
+    high: float
+    episodes: int
+
+
+def paired_difference(
+    first: Mapping[str, float],
+    second: Mapping[str, float],
+    *,
+    level: float = 0.95,
+    resamples: int = 2000,
+    seed: int = 0,
+) -> Difference:
+    """The difference of two policies on the same episodes, by a paired bootstrap over episodes.
+
+    Args:
+        first: Scores by episode.
+        second: Of the other policy, for the same episodes.
+        level: Of confidence.
+        resamples: Of the bootstrap.
+        seed: Of the resamples.
+
+    Raises:
+        ValueError: When the episodes differ or there are none.
+
+    >>> paired_difference({"a": 1.0, "b": 1.0}, {"a": 0.0, "b": 0.0})
+    Difference(estimate=1.0, low=1.0, high=1.0, episodes=2)
+    """
+    if not first or first.keys() != second.keys():
+        odd = sorted(first.keys() ^ second.keys())[:3]
+        raise ValueError(f"a paired comparison needs the same episodes on both sides; odd: {odd}")
+    gains = np.array([first[name] - second[name] for name in sorted(first)])
+    rng = np.random.default_rng(seed)
+    drawn = gains[rng.integers(len(gains), size=(resamples, len(gains)))].mean(1)
+    low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
+    return Difference(float(gains.mean()), float(low), float(high), len(gains))
+
+
+def episodes_needed(
+    first: Mapping[str, float],
+    second: Mapping[str, float],
+    gain: float,
+    *,
+    level: float = 0.95,
+    power: float = 0.8,
+) -> int:
+    """How many paired episodes would show a gain of this size, judged by these ones.
+
+    Args:
+        first: Scores by episode.
+        second: Of the other policy, for the same episodes.
+        gain: Difference of the means to be shown, above 0.
+        level: Of confidence.
+        power: The chance to show it.
+
+    Raises:
+        ValueError: When the gain is not above 0 or the episodes differ.
+    """
+    if gain <= 0 or first.keys() != second.keys():
+        raise ValueError(f"gain is {gain}; give one above 0 and the same episodes on both sides")
+    spread = np.std([first[name] - second[name] for name in first], ddof=1)
+    normal = NormalDist()
+    z = normal.inv_cdf(0.5 + level / 2) + normal.inv_cdf(power)
+    return max(2, int(np.ceil((z * spread / gain) ** 2)))
+
+
+# --- information --------------------------------------------------------------------------------
+
+
+@dataclass(frozen=True)
+class Information:
+    """What one label tells about another, in bits, and what chance would tell.
+
+    Attributes:
+        bits: The mutual information.
+        shuffled: Its mean over the permutations.
+        p: Share of the permutations that reach it, itself counted as one.
+    """
+
+    bits: float
+    shuffled: float
+    p: float
+
+
+def mutual_information(counts: np.ndarray) -> float:
+    """The mutual information of rows and columns of a table of counts, in bits.
+
+    >>> mutual_information(np.array([[5, 0], [0, 5]]))
+    1.0
+    """
+    joint = counts / counts.sum()
+    product = joint.sum(1, keepdims=True) * joint.sum(0, keepdims=True)
+    seen = joint > 0
+    return float((joint[seen] * np.log2(joint[seen] / product[seen])).sum())
+
+
+def task_information(
+    uses: Sequence[np.ndarray], tasks: Sequence[int], *, permutations: int = 200, seed: int = 0
+) -> Information:
+    """What the expert tells about the task; permutations hand whole episodes to other tasks.
+
+    Args:
+        uses: Of each episode how often each expert was used at each step, (T, E).
+        tasks: Of each episode, from 0.
+        permutations: Of the test.
+        seed: Of the permutations.
+    """
+    own = np.stack([use.sum(0) for use in uses])
+    tasks = np.asarray(tasks)
+    rng = np.random.default_rng(seed)
+
+    def bits(labels: np.ndarray) -> float:
+        table = np.zeros((labels.max() + 1, own.shape[1]))
+        np.add.at(table, labels, own)
+        return mutual_information(table)
+
+    return _tested(bits(tasks), [bits(rng.permutation(tasks)) for _ in range(permutations)])
+
+
+def phase_information(
+    uses: Sequence[np.ndarray],
+    phases: Sequence[np.ndarray],
+    *,
+    permutations: int = 200,
+    seed: int = 0,
+) -> Information:
+    """What the expert tells about the phase of the manipulation, against phases out of place.
+
+    Steps that follow one another are alike, so that single steps must not be shuffled: a
+    permutation turns the phases of each episode by a random number of steps. What episodes differ
+    in, their task above all, is thus the same on both sides, and what remains is within episodes.
+
+    Args:
+        uses: Of each episode how often each expert was used at each step, (T, E).
+        phases: Of each episode the phase of each step, (T,), from 0.
+        permutations: Of the test.
+        seed: Of the permutations.
+    """
+    count = 1 + max(int(phase.max()) for phase in phases)
+    uses = [np.asarray(use, dtype=np.float64) for use in uses]
+    before = [np.concatenate([np.zeros((1, use.shape[1])), use.cumsum(0)]) for use in uses]
+    runs = [_runs(phase) for phase in phases]
+    rng = np.random.default_rng(seed)
+
+    def bits(turned: bool) -> float:
+        table = np.zeros((count, uses[0].shape[1]))
+        for sums, own in zip(before, runs, strict=True):
+            length = len(sums) - 1
+            shift = int(rng.integers(length)) if turned else 0
+            for phase, start, end in own:
+                start, end = start + shift, end + shift
+                for turn in (0, length):  # the part before the end, and what goes around
+                    a, b = (min(max(at - turn, 0), length) for at in (start, end))
+                    table[phase] += sums[b] - sums[a]
+        return mutual_information(table)
+
+    return _tested(bits(False), [bits(True) for _ in range(permutations)])
+
+
+def _runs(phase: np.ndarray) -> list[tuple[int, int, int]]:
+    """Stretches of one phase: it, its first step and the one after its last."""
+    cuts = np.flatnonzero(np.diff(phase)) + 1
+    edges = [0, *cuts.tolist(), len(phase)]
+    return [(int(phase[a]), a, b) for a, b in pairwise(edges)]
+
+
+def _tested(found: float, shuffled: list[float]) -> Information:
+    # equal sums in another order differ in the last digits
+    reached = sum(value >= found - 1e-12 for value in shuffled)
+    return Information(
+        bits=max(0.0, found),
+        shuffled=float(np.mean(shuffled)),
+        p=(1 + reached) / (1 + len(shuffled)),
+    )
