@@ -65,9 +65,11 @@ def drawn_frames(attempt: Attempt, *, size: int = 240, every: int = 4) -> np.nda
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # over width and depth from above, over depth and height from the side
-    views = (("from the side", 1, 2, (-0.1, 1.0), (-0.05, 0.9)),)
-    views += (("from above", 1, 0, (-0.1, 1.0), (-0.5, 0.5)),)
+    # both twice as wide as high, as the halves of the figure are
+    views = (
+        ("from the side", 1, 2, (-0.3, 1.3), (-0.05, 0.75)),
+        ("from above", 1, 0, (-0.3, 1.3), (0.4, -0.4)),
+    )
     figure = Figure(figsize=(size / 100, size / 100), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(2, 1)
@@ -79,7 +81,6 @@ def drawn_frames(attempt: Attempt, *, size: int = 240, every: int = 4) -> np.nda
         for axis, (name, x, y, x_limits, y_limits) in zip(axes, views, strict=True):
             axis.clear()
             axis.set(xlim=x_limits, ylim=y_limits, xticks=[], yticks=[])
-            axis.set_aspect("equal", adjustable="datalim")
             arm = parts[:-2]
             axis.plot(arm[:, x], arm[:, y], "-o", color="0.3", linewidth=2, markersize=3)
             for finger in parts[-2:]:
