@@ -52,3 +52,22 @@ def test_gathering_twice_mixes_choices_up():
     outputs = torch.tensor([[[1.0], [10.0], [100.0]]])
     indices, weights = torch.tensor([[1, 0]]), torch.tensor([[0.7, 0.2]])
     assert gathered_twice(outputs, indices, weights).item() == pytest.approx(0.2 * 10 + 0.7 * 1)
+
+
+def selection_gradient(form, which):
+    """The gradient of the router's matrix, less what all of its rows have in common."""
+    torch.manual_seed(0)
+    router = ScaleAdapterRouter(6, 4, k=1, dtype=torch.float64)
+    x, target = torch.randn(2, 50, 6, dtype=torch.float64)
+    outputs = torch.randn(50, 4, 6, dtype=torch.float64)
+    routing = router(x)
+    y = form(outputs, routing.indices, getattr(routing, which) + x @ router.adapter.t())
+    (y - target).square().mean().backward()
+    return router.gate.grad - router.gate.grad.mean(0)
+
+
+def test_scales_that_are_not_gathered_teach_no_selection():
+    # what is added to all logits alike changes no probability
+    assert selection_gradient(gathered, "probabilities").norm() > 1e-3
+    for which in ("logits", "probabilities"):
+        assert selection_gradient(not_gathered, which).norm() < 1e-12
