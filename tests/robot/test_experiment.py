@@ -1,0 +1,282 @@
+"""Runs of policies: parents shared, resumed exactly, scored as the ledger reads them."""
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+import yaml
+
+from feedforward import records
+from feedforward.files import DataError, checkout
+from feedforward.profiles import PROFILES, load_experiment
+from feedforward.robot import rollout, runs
+from feedforward.robot.accounting import plan, policy_cost, training_flops
+from feedforward.robot.demos import Demonstrations
+from feedforward.robot.experiment import ARMS, grid
+from feedforward.robot.lerobot import Episode, write_dataset
+from feedforward.robot.policy import PolicyConfig
+from feedforward.robot.runs import (
+    LOCAL,
+    Evaluation,
+    RobotConfig,
+    Tuning,
+    load_data,
+    run,
+    trained_policy,
+)
+from feedforward.robot.tasks import find_task
+from feedforward.training import TrainingConfig
+
+TASKS = ("drawer-close", "reach")
+TRAINING = TrainingConfig(
+    6, 1e-3, warmup=2, precision="fp32", log_every=2, ema=0.5, checkpoint_every_seconds=None
+)
+ADAMOE = Tuning(replace(TRAINING, steps=4), "adamoe", experts=3, router_warmup=1)
+CONFIG = RobotConfig(
+    "adamoe",
+    PolicyConfig(state=39, action=4, horizon=4, width=16, depth=2, heads=2, hidden=16),
+    TRAINING,
+    ADAMOE,
+    tasks=TASKS,
+    demonstrations=2,
+    batch=8,
+    evaluation=Evaluation(episodes=2, execute=3, steps=2, at_once=4),
+    long_tasks=("reach",),
+)
+
+
+@pytest.fixture(autouse=True)
+def own_cache(tmp_path, monkeypatch):
+    monkeypatch.setenv("FEEDFORWARD_CACHE", str(tmp_path / "cache"))
+    monkeypatch.setenv("FEEDFORWARD_RESULTS", str(tmp_path / "results"))
+    monkeypatch.setattr(records, "_git", lambda *arguments: None)
+
+
+@pytest.fixture(autouse=True)
+def given(monkeypatch):
+    """Demonstrations made by hand, words without their encoder, and short attempts."""
+
+    def states(texts):
+        states = [torch.full((3, 384), float(len(text)) / 50) for text in texts]
+        return torch.stack(states), torch.ones(len(texts), 3, dtype=torch.bool)
+
+    rng = np.random.default_rng(0)
+    episodes = [
+        Episode(
+            find_task(TASKS[place % 2]).instruction,
+            rng.normal(size=(12, 39)).astype(np.float32),
+            rng.uniform(-1, 1, size=(12, 4)).astype(np.float32),
+            {},
+        )
+        for place in range(4)
+    ]
+    short = {name: replace(find_task(name), max_steps=6) for name in TASKS}
+    monkeypatch.setattr("feedforward.robot.tasks.find_task", lambda name: short[name])
+    monkeypatch.setattr(runs, "token_states", states)
+    monkeypatch.setattr(rollout, "token_states", states)
+    monkeypatch.setattr(runs, "collect", lambda *args, **options: Demonstrations.of(episodes))
+    return episodes
+
+
+def trained(config):
+    return trained_policy(config, progress=False, device="cpu")
+
+
+def test_a_record_holds_what_the_ledger_reads():
+    record = run(CONFIG, progress=False, device="cpu")
+    metrics = record.metrics
+    for name in ("success", "success on long tasks", "success on short tasks"):
+        items = metrics["items"][name]
+        assert np.mean(list(items.values())) == metrics[name]
+    assert len(metrics["items"]["success"]) == 4
+    assert set(metrics["items"]["success on long tasks"]) == {"reach 0", "reach 1"}
+    assert metrics["success by task"].keys() == set(TASKS)
+    assert np.shape(metrics["load"]) == (2, 3)
+    assert np.allclose(np.sum(metrics["load"], 1), 1, atol=1e-5)
+    for name in ("phase", "task"):
+        assert metrics[f"{name} information"] >= 0
+        assert 0 < metrics[f"{name} information p"] <= 1
+    assert metrics["latency"] > 0
+    assert metrics["latency ratio"] > 0
+    assert metrics["simulator"]["mujoco"]
+    assert metrics["action expert parameters"] > metrics["active action expert parameters"]
+    assert {"parent: loss", "tuning: loss", "tuning: balance"} <= record.curves.keys()
+    assert run(CONFIG, progress=False, device="cpu") == record  # kept, not run again
+
+
+def test_every_metric_of_the_claims_is_in_the_arms():
+    """Names in the claims are those of arms; which metrics they need is seen above."""
+    text = (checkout() / "book" / "claims.yml").read_text(encoding="utf-8")
+    mine = [entry for entry in yaml.safe_load(text) if entry["paper"] == "adamoe"]
+    names = {
+        arm
+        for entry in mine
+        for one in entry["statistics"]
+        for arm in (
+            [one["variant"], one["reference"]]
+            if "variant" in one
+            else [term["variant"] for term in one["terms"]]
+        )
+    }
+    assert len(mine) == 9
+    assert names <= grid("adamoe", "cpu").keys()
+
+
+def test_the_first_loss_is_the_parents_where_the_function_is_kept():
+    dense = replace(CONFIG, variant="dense", tuning=Tuning(ADAMOE.training))
+    kept = replace(CONFIG, variant="adamoe-preserved", tuning=replace(ADAMOE, preserve=True))
+    wide = replace(CONFIG, variant="dense-matched", tuning=Tuning(ADAMOE.training, hidden=32))
+    parent = replace(CONFIG, variant="dense-parent", tuning=None)
+    log = {c.variant: runs._Training(c, False, torch.device("cpu")).after()[1] for c in
+           (parent, dense, kept, wide, CONFIG)}  # fmt: skip
+    last = log["dense-parent"][-1]["last loss"]
+    assert log["dense"][-1]["first loss"] == pytest.approx(last, abs=1e-6)
+    assert log["adamoe-preserved"][-1]["first loss"] == pytest.approx(last, abs=1e-5)
+    assert log["dense-matched"][-1]["first loss"] == pytest.approx(last, abs=1e-5)
+    assert abs(log["adamoe"][-1]["first loss"] - last) > 1e-4
+
+
+def test_arms_share_a_parent_and_seeds_do_not(monkeypatch):
+    steps = []
+    original = runs.train
+
+    def counted(model, batches, loss, config, **options):
+        steps.append(config.steps)
+        return original(model, batches, loss, config, **options)
+
+    monkeypatch.setattr(runs, "train", counted)
+    for config in (CONFIG, replace(CONFIG, variant="dense", tuning=Tuning(ADAMOE.training))):
+        trained(config)
+    assert steps == [6, 4, 4]
+    trained(replace(CONFIG, evaluation=Evaluation(episodes=1, execute=1)))
+    assert steps == [6, 4, 4]  # how it is scored does not decide its weights
+    trained(replace(CONFIG, seed=1))
+    assert steps == [6, 4, 4, 6, 4]
+
+
+def test_a_killed_run_goes_on_to_the_same_weights(monkeypatch):
+    whole = trained(replace(CONFIG, evaluation=Evaluation(episodes=3, execute=3)))
+    saved = replace(TRAINING, checkpoint_every_steps=2)
+    config = replace(CONFIG, parent=saved, tuning=replace(ADAMOE, training=replace(saved, steps=4)))
+    original = runs.Objective.on_step
+
+    def killed(self, model, step):
+        original(self, model, step)
+        if step == 3:
+            raise KeyboardInterrupt
+
+    for _ in range(2):  # once in the parent, once in the tuning
+        monkeypatch.setattr(runs.Objective, "on_step", killed)
+        with pytest.raises(KeyboardInterrupt):
+            trained(config)
+        monkeypatch.setattr(runs.Objective, "on_step", original)
+        trained(replace(config, tuning=None))
+    resumed = trained(config)
+    for name, value in whole.state_dict().items():
+        assert torch.equal(value, resumed.state_dict()[name]), name
+
+
+def test_training_words_are_those_of_the_instruction(given):
+    batches = runs._Batches(CONFIG, Demonstrations.of(given))
+    assert batches.counts.tolist() == [4, 4]  # the instruction and three paraphrases
+    first, again = batches(3), batches(3)
+    assert all(torch.equal(first[name], again[name]) for name in first)
+    assert first.keys() == {"state", "actions", "mask", "text", "text_mask"}
+    lengths = {len(words) / 50 for task in TASKS for words in find_task(task).held_out}
+    seen = {round(float(x), 4) for step in range(20) for x in batches(step)["text"][:, 0, 0]}
+    own = {
+        round(len(words) / 50, 4)
+        for task in TASKS
+        for words in (find_task(task).instruction, *find_task(task).paraphrases)
+    }
+    assert seen == own != lengths
+
+
+def test_a_folder_in_the_format_trains_without_a_simulator(given, tmp_path, monkeypatch):
+    folder = tmp_path / "data" / "robot"
+    write_dataset(
+        folder,
+        given,
+        fps=10,
+        state_names=[str(i) for i in range(39)],
+        action_names=list("xyzg"),
+        robot="other",
+    )
+    config = replace(CONFIG, tasks=(), long_tasks=(), source=LOCAL)
+    monkeypatch.delenv(LOCAL, raising=False)
+    with pytest.raises(DataError, match="FEEDFORWARD_DATA is not set"):
+        load_data(config)
+    monkeypatch.setenv(LOCAL, str(folder.parent))
+    metrics = run(config, progress=False, device="cpu").metrics
+    assert metrics["last loss"] > 0
+    assert "success" not in metrics
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"tasks": ("reahc",), "long_tasks": ()}, "reach"),
+        ({"long_tasks": ("assembly",)}, "not among the tasks"),
+        ({"state": "robot"}, "39 numbers of state"),
+        ({"tasks": (), "long_tasks": ()}, "need tasks"),
+        ({"batch": 0}, "batch is 0"),
+        ({"evaluation": Evaluation(execute=5)}, "horizon of 4"),
+    ],
+)
+def test_configurations_that_do_not_fit_are_refused(changes, message, monkeypatch):
+    monkeypatch.undo()
+    with pytest.raises(ValueError, match=message):
+        replace(CONFIG, **changes)
+
+
+def test_tuning_refuses_what_does_not_go_together():
+    with pytest.raises(ValueError, match="hidden"):
+        Tuning(TRAINING, "adamoe", hidden=8)
+    with pytest.raises(ValueError, match="preserve"):
+        Tuning(TRAINING, preserve=True)
+    with pytest.raises(ValueError, match="episodes is 0"):
+        Evaluation(episodes=0)
+
+
+# --- the arms -----------------------------------------------------------------------------------
+
+
+@pytest.mark.parametrize("profile", PROFILES)
+def test_every_profile_has_the_arms_at_equal_training(profile):
+    assert load_experiment("adamoe").grid is grid
+    arms = grid("adamoe", profile)
+    tuned = {name: arm for name, arm in arms.items() if arm.tuning}
+    assert tuned.keys() == ARMS.keys()
+    assert len({(arm.policy, arm.parent, arm.tuning.training) for arm in tuned.values()}) == 1
+    assert all(name == arm.variant for name, arm in arms.items())
+    table = plan(profile, arms.values())
+    assert len(table.rows) == len(arms)
+    assert bool(table.commands) == (profile == "paper")
+    with pytest.raises(ValueError, match="adamoe"):
+        grid("adamo", profile)
+
+
+def test_the_recorded_scale_is_large_enough():
+    arms = grid("adamoe", "cpu")
+    assert arms["adamoe"].evaluation.episodes >= 25
+    assert 5 <= arms["adamoe"].demonstrations <= 10
+    assert len(arms["adamoe"].long_tasks) * 2 == len(arms["adamoe"].tasks)
+
+
+def test_matched_arms_have_the_parameters_that_they_match():
+    arms = grid("adamoe", "cpu")
+    cost = {name: policy_cost(arm.policy, arm.tuning) for name, arm in arms.items()}
+    assert cost["dense-matched"].expert == pytest.approx(cost["single-expert"].expert, rel=0.01)
+    active = cost["adamoe"].active_expert
+    assert cost["dense-matched"].active_expert == pytest.approx(active, rel=0.01)
+    assert cost["dense-matched-total"].expert == pytest.approx(cost["adamoe"].expert, rel=0.01)
+    assert training_flops(arms["adamoe"]) > training_flops(arms["dense"])
+
+
+def test_the_papers_action_expert_is_counted():
+    arms = grid("adamoe", "paper")
+    dense, sparse = (policy_cost(arms[name].policy, arms[name].tuning) for name in
+                     ("dense", "adamoe"))  # fmt: skip
+    found = [round(n / 1e9, 2) for n in (dense.expert, sparse.expert, sparse.active_expert)]
+    assert found == [0.31, 1.22, 0.54]
