@@ -1,6 +1,6 @@
 """How sure success rates are, and how much an expert's choice tells about task or phase.
 
-Explained in ``book/adamoe/04-do-experts-specialise`` and ``book/adamoe/05-controls``.
+Explained in ``book/adamoe/04-do-experts-specialise`` and ``book/adamoe/05-controls-and-verdicts``.
 """
 
 from collections.abc import Mapping, Sequence
