@@ -127,7 +127,7 @@ _CPU = _Scale(
 )
 _EASY = _Scale(
     policy=_SMALL,
-    parent=TrainingConfig(1500, 1e-3, warmup=100, precision="fp32", log_every=50, **_SHARED),
+    parent=TrainingConfig(3000, 1e-3, warmup=100, precision="fp32", log_every=50, **_SHARED),
     tuning=_CPU.tuning,
     config={
         "tasks": SUITES["easy"],
