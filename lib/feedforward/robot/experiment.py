@@ -132,7 +132,7 @@ _EASY = _Scale(
     config={
         "tasks": SUITES["easy"],
         "demonstrations": 20,
-        "evaluation": Evaluation(episodes=10),
+        "evaluation": Evaluation(episodes=10, held_out=False),
     },
 )
 _GPU = _Scale(
@@ -181,7 +181,8 @@ _SCALES = {"smoke": _SMOKE, "cpu": _CPU, "gpu": _GPU, "paper": _PAPER}
 def grid(part: str, profile: str) -> dict[str, RobotConfig]:
     """The arms of the part at a profile, by name, all with seed 0.
 
-    At cpu there is ``dense-easy`` too, a dense policy alone on the easy suite. At gpu the policies
+    At cpu there is ``dense-easy`` too, a dense policy alone on the easy suite, asked with
+    the instructions that it was trained on. At gpu the policies
     see images and the robot's own state; at paper the action expert is pi0's, and demonstrations
     come from a folder: scores of its tasks need their simulator.
 

@@ -121,6 +121,7 @@ class Evaluation:
         steps: Euler steps of a plan.
         at_once: Environments side by side.
         seed: Of the start states, the same for all seeds of training.
+        held_out: Ask with wordings that no policy is trained on; else with the instruction itself.
 
     Raises:
         ValueError: When one is below 1.
@@ -131,6 +132,7 @@ class Evaluation:
     steps: int = 10
     at_once: int = 24
     seed: int = 0
+    held_out: bool = True
 
     def __post_init__(self):
         for name in ("episodes", "execute", "steps", "at_once"):
@@ -296,7 +298,9 @@ def rollouts_of(
         progress: Show a bar.
     """
     how = config.evaluation
-    starts = make_starts(tasks or config.tasks, episodes or how.episodes, seed=how.seed)
+    starts = make_starts(
+        tasks or config.tasks, episodes or how.episodes, seed=how.seed, held_out=how.held_out
+    )
     return roll_out(
         policy,
         starts,
