@@ -180,7 +180,7 @@ def test_paired_differences_are_narrower_than_unpaired_ones():
     found = paired_difference(second, first)
     gain = np.mean([second[k] - first[k] for k in first])
     assert found.estimate == pytest.approx(gain)
-    assert 0 <= found.low <= gain <= found.high < 0.06  # unpaired: about 0.14
+    assert 0 <= found.low <= gain <= found.high < 0.1  # unpaired: about 0.14
     assert episodes_needed(second, first, gain) > episodes_needed(second, first, 2 * gain)
     with pytest.raises(ValueError, match="same episodes"):
         paired_difference(first, {"a": 1.0})
