@@ -197,7 +197,7 @@ def test_shards_share_the_runs_out(capsys):
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
-        (("run", "dmeo"), "there is no part 'dmeo'; did you mean 'demo'?"),
+        (("run", "demoo"), "there is no part 'demoo'; did you mean 'demo'?"),
         (("run", "demo", "--profile", "gpuu"), "there is no profile 'gpuu'; did you mean 'gpu'?"),
         (("run", "demo", "--variants", "dence"), "no variant 'dence'; did you mean 'dense'?"),
         (("run", "demo", "--shard", "5/4"), "shard is '5/4'; write i/n"),
