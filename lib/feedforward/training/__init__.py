@@ -5,10 +5,10 @@ bit on the same machine: a batch is a function of its index, and a checkpoint ho
 the optimizer, the moving average, the random states and the curves so far.
 """
 
+from feedforward.training.averages import EMA
 from feedforward.training.checkpoints import CheckpointError
 from feedforward.training.config import PRECISIONS, SCHEDULES, TrainingConfig
 from feedforward.training.loop import (
-    EMA,
     TrainingError,
     TrainingResult,
     seed_everything,

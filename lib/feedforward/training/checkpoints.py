@@ -9,7 +9,7 @@ import shutil
 import tempfile
 from dataclasses import asdict, fields
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
@@ -19,10 +19,8 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor, nn
 
 from feedforward.files import sha256
+from feedforward.training.averages import EMA, Log
 from feedforward.training.config import TrainingConfig
-
-if TYPE_CHECKING:
-    from feedforward.training.loop import EMA, Log
 
 _VERSION = 1
 _RESUMABLE = ("checkpoint_every_steps", "checkpoint_every_seconds")  # may differ when resuming
@@ -52,8 +50,8 @@ class Checkpoints:
         step: int,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        ema: "EMA | None",
-        log: "Log",
+        ema: EMA | None,
+        log: Log,
         seconds: float,
         randomness: list[dict[str, Any]],
     ) -> None:
@@ -143,8 +141,8 @@ class Checkpoint:
         self,
         model: nn.Module,
         optimizer: torch.optim.Optimizer,
-        ema: "EMA | None",
-        log: "Log",
+        ema: EMA | None,
+        log: Log,
         accelerator: Accelerator,
     ) -> float:
         """Bring everything to the checkpoint's step; the seconds that the run took until then."""
