@@ -60,7 +60,8 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "dense-matched": {"form": "dense-head", "experts": 8, "match": "total"},
 }
 _REPEATS = 5  # answers of a reader that may answer differently each time
-# of the released reader, without the factor k
+# of the released reader: how its gate starts, and its capacity without the factor k
+_RELEASED_GATE = 1.0
 _CAPACITY = {"capacity_factor": 0.625, "eval_capacity_factor": 1.0}
 
 
@@ -118,7 +119,7 @@ def _arms(scale: _Scale) -> list[QuestionAnsweringConfig]:
         for name, reader in readers.items()
     ]
     arms += [
-        scale.tuned("tuned" if name == "dense" else name, reader, often if name == "moe" else ())
+        scale.tuned("tuned" if name == "dense" else name, reader)
         for name, reader in readers.items()
     ]
     steps = scale.inside.training.steps + scale.outside.training.steps
@@ -133,12 +134,14 @@ def _arms(scale: _Scale) -> list[QuestionAnsweringConfig]:
     arms += _augmented(scale, dense, moe)
     limited = {**moe, **_CAPACITY}
     padded = {**limited, "route_padding": True}
+    sure = {**moe, "gate_std": _RELEASED_GATE}
     arms += [
         scale.balanced("moe-unbalanced", moe, 0.0),
         scale.tuned("moe-capacity", limited),
         scale.tuned("defect-one-token", dense, {"decoding": Decoding(min_tokens=2)}),
         scale.balanced("defect-balance-weight", moe, 1.0),
-        scale.tuned("defect-random-expert", {**moe, "drop_second": True}, often),
+        scale.tuned("moe-sure", sure, often),
+        scale.tuned("defect-random-expert", {**sure, "drop_second": True}, often),
         scale.tuned("defect-routed-padding", padded, {"pad_to_length": True}),
         scale.tuned("defect-identical-experts", {**switch, "noise": 0.0}),
         scale.tuned("defect-ignored-copies", dense, augmentations=(_eda(copies=8),)),
@@ -258,6 +261,7 @@ _PAPER = _Scale(
 _RELEASED = {
     **_PAPER.readers["moe"],
     **_CAPACITY,
+    "gate_std": _RELEASED_GATE,
     "drop_second": True,
     "route_padding": True,
 }

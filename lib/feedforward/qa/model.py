@@ -44,6 +44,7 @@ _ONLY_FOR = {
     "match": ("dense-head",),
     "capacity_factor": ("moe-head", "switch", "stacked"),
     "eval_capacity_factor": ("moe-head", "switch", "stacked"),
+    "gate_std": ("moe-head",),
     "drop_second": ("moe-head",),
     "route_padding": ("moe-head", "stacked"),
 }
@@ -89,6 +90,8 @@ class ReaderConfig:
             of a whole batch, the released code those of each sequence; and its factors for the head
             (1.25, in evaluation 2) leave out k, so that they are 0.625 and 1 here.
         eval_capacity_factor: Likewise in evaluation.
+        gate_std: Standard deviation that the gate of the head starts with; 1 in the released code,
+            whose gate is sure of its choices from the first token on.
         drop_second: Defect: keep the second expert at random with probability
             ``min(1, weight / 0.2)``, in evaluation as well.
         route_padding: Defect: route padding, which takes capacity and enters the balance loss.
@@ -114,6 +117,7 @@ class ReaderConfig:
     match: Literal["active", "total"] = "active"
     capacity_factor: float | None = None
     eval_capacity_factor: float | None = None
+    gate_std: float = TopKRouter.init_std
     drop_second: bool = False
     route_padding: bool = False
     identical_experts: bool = False
@@ -148,6 +152,8 @@ class ReaderConfig:
                 raise ValueError('layers is empty; name some, or choose form="dense"')
         if not self.noise >= 0:
             raise ValueError(f"noise is {self.noise}; a standard deviation is not negative")
+        if not 0 <= self.gate_std < float("inf"):
+            raise ValueError(f"gate_std is {self.gate_std}; a standard deviation is from 0")
         if self.match not in ("active", "total"):
             raise ValueError(f"match is {self.match!r}; choose 'active' or 'total'")
         for name in ("capacity_factor", "eval_capacity_factor"):
@@ -410,6 +416,8 @@ def _head(config: ReaderConfig, dim: int) -> nn.Module | None:
     if config.form == "moe-head":
         make = _DroppedSecondRouter if config.drop_second else TopKRouter
         router = make(dim, config.experts, k=config.k)
+        with torch.no_grad():
+            router.gate.mul_(config.gate_std / router.init_std)
         return _MoEHead(MoE(dim, hidden, config.experts, router=router, activation="leaky_relu"))
     if config.form == "dense-head":
         return _DenseHead(dim, hidden * (config.k if config.match == "active" else config.experts))
