@@ -14,13 +14,10 @@ from pathlib import Path
 from typing import TypeVar
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor
 
-from feedforward.files import atomic_write
 from feedforward.layers.cost import HasShape, count
 from feedforward.layers.experts import MoE, collect_routing
 from feedforward.layers.guided import SCHEDULES, SelfGuided, advance, guide, release
@@ -45,7 +42,13 @@ from feedforward.records import (
     run_directory,
     run_lock,
 )
-from feedforward.training import TrainingConfig, seed_everything, train
+from feedforward.training import (
+    TrainingConfig,
+    load_weights,
+    save_weights,
+    seed_everything,
+    train,
+)
 
 T = TypeVar("T")
 
@@ -313,9 +316,7 @@ def _run_in(folder: Path, config, progress: bool, device: str | torch.device) ->
         )
         if not is_first_process():
             return record
-        with atomic_write(folder / "model.safetensors") as file:
-            weights = {name: value.detach().cpu() for name, value in model.named_parameters()}
-            file.write(safetensors.torch.save(weights))
+        save_weights(model, folder / "model.safetensors")
         record.save(folder / "record.json")  # last: its presence says that the run ended
         shutil.rmtree(folder / "checkpoints", ignore_errors=True)
     return record
@@ -600,18 +601,8 @@ def trained_model(
     """
     folder = run_directory(run, config)
     record = _run_in(folder, config, progress, device)
-    file = folder / "model.safetensors"
     model = Decoder(config.model)
-    try:
-        weights = safetensors.torch.load(file.read_bytes())
-        own = dict(model.named_parameters())
-        if weights.keys() != own.keys():
-            raise ValueError(f"other names: {sorted(weights.keys() ^ own.keys())[:3]}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(weights[name])
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{file} cannot be read ({error}). Delete it to train again.") from error
+    load_weights(model, folder / "model.safetensors")
     text = _text(config)
     return model.to(resolve_device(str(device))).eval(), text, record
 

@@ -17,10 +17,8 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-import safetensors.torch
 import torch
 import torch.nn.functional as F
-from safetensors import SafetensorError
 from torch import Tensor, nn
 
 from feedforward.files import DataError, atomic_write, cache_directory
@@ -59,7 +57,13 @@ from feedforward.records import (
     run_directory,
     run_lock,
 )
-from feedforward.training import TrainingConfig, seed_everything, train
+from feedforward.training import (
+    TrainingConfig,
+    load_weights,
+    save_weights,
+    seed_everything,
+    train,
+)
 
 EXPERIMENT = "robust-qa"
 LOCAL = "FEEDFORWARD_DATA"
@@ -401,12 +405,11 @@ class _Training:
         with run_lock(folder.with_name(folder.name + ".lock")):
             if (logs := self._ended(folder)) is not None:
                 reader = make_reader(self.config)
-                _load_weights(reader, folder / "model.safetensors")
+                load_weights(reader, folder / "model.safetensors")
                 return reader, logs
             reader, logs = self.after(stages - 1)
             logs.append(self._train(reader, stages - 1, folder))
-            with atomic_write(folder / "model.safetensors") as file:
-                file.write(safetensors.torch.save(_weights(reader)))
+            save_weights(reader, folder / "model.safetensors")
             # last: its presence says that the stage ended
             with atomic_write(folder / "stages.json", "w") as file:
                 json.dump(logs, file)
@@ -491,7 +494,7 @@ class _Training:
                 "points": chooser.points,
                 "chosen step": chooser.best,
             }
-            _load_weights(reader, chooser.weights)
+            load_weights(reader, chooser.weights)
         return log
 
 
@@ -538,8 +541,7 @@ class _Chooser:
         self.points[str(self.step)] = f1.tolist()
         self.folder.mkdir(parents=True, exist_ok=True)
         if self.best == self.step:
-            with atomic_write(self.weights) as file:
-                file.write(safetensors.torch.save(_weights(reader)))
+            save_weights(reader, self.weights)
         with atomic_write(self.folder / "points.json", "w") as file:
             json.dump(self.points, file)
         return {"F1 that chooses": float(f1.mean())}
@@ -577,23 +579,6 @@ def _attention(reader: nn.Module, implementation: str) -> Iterator[None]:
     finally:
         for encoder in encoders:
             encoder.set_attn_implementation(before)
-
-
-def _weights(reader: nn.Module) -> dict[str, Tensor]:
-    return {name: p.detach().cpu().contiguous() for name, p in reader.named_parameters()}
-
-
-def _load_weights(reader: nn.Module, file: Path) -> None:
-    try:
-        weights = safetensors.torch.load(file.read_bytes())
-        own = dict(reader.named_parameters())
-        if weights.keys() != own.keys():
-            raise ValueError(f"other names: {sorted(weights.keys() ^ own.keys())[:3]}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(weights[name])
-    except (SafetensorError, ValueError, RuntimeError) as error:
-        raise ValueError(f"{file} cannot be read ({error}). Delete it to train again.") from error
 
 
 def reading_loss(

@@ -6,7 +6,7 @@ the optimizer, the moving average, the random states and the curves so far.
 """
 
 from feedforward.training.averages import EMA
-from feedforward.training.checkpoints import CheckpointError
+from feedforward.training.checkpoints import CheckpointError, load_weights, save_weights
 from feedforward.training.config import PRECISIONS, SCHEDULES, TrainingConfig
 from feedforward.training.loop import (
     TrainingError,
@@ -23,6 +23,8 @@ __all__ = [
     "TrainingConfig",
     "TrainingError",
     "TrainingResult",
+    "load_weights",
+    "save_weights",
     "seed_everything",
     "train",
 ]

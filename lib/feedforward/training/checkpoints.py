@@ -15,10 +15,10 @@ import numpy as np
 import torch
 from accelerate import Accelerator
 from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
+from safetensors.torch import load, load_file, save, save_file
 from torch import Tensor, nn
 
-from feedforward.files import sha256
+from feedforward.files import atomic_write, sha256
 from feedforward.training.averages import EMA, Log
 from feedforward.training.config import TrainingConfig
 
@@ -179,6 +179,31 @@ class Checkpoint:
             f"{self.path} cannot be continued from: {why}. Delete {self.path.parent} to start "
             "again, or give another folder."
         )
+
+
+def save_weights(model: nn.Module, path: str | os.PathLike) -> None:
+    """Write a model's parameters to a safetensors file, whole or not at all."""
+    weights = {n: p.detach().cpu().contiguous() for n, p in model.named_parameters()}
+    with atomic_write(path) as file:
+        file.write(save(weights))
+
+
+def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
+    """Give a model the parameters that `save_weights` wrote.
+
+    Raises:
+        ValueError: if the file is damaged, or of a model with other parameters.
+    """
+    try:
+        weights = load(Path(path).read_bytes())
+        own = dict(model.named_parameters())
+        if weights.keys() != own.keys():
+            raise ValueError(f"other names: {sorted(weights.keys() ^ own.keys())[:3]}")
+        with torch.no_grad():
+            for name, parameter in own.items():
+                parameter.copy_(weights[name])
+    except (SafetensorError, ValueError, RuntimeError) as error:
+        raise ValueError(f"{path} cannot be read ({error}). Delete it to train again.") from error
 
 
 def _file(name: str) -> str:
