@@ -20,7 +20,7 @@ from feedforward.robot.scores import (
     task_information,
     wilson,
 )
-from feedforward.robot.tasks import ActionError, find_task
+from feedforward.robot.tasks import ActionError, find_task, scene
 from feedforward.robot.vision import frame_features, thumbnails
 
 SMALL = PolicyConfig(state=39, action=4, horizon=4, width=16, depth=2, heads=2, hidden=16)
@@ -281,6 +281,17 @@ def test_drawn_films_need_no_renderer(attempt, tmp_path, monkeypatch):
     assert np.abs(again[1].astype(int) - frames[3]).mean() < 10
     with pytest.raises(ValueError, match="0 frames"):
         save_gif(frames[:0], tmp_path / "none.gif")
+
+
+def test_an_object_in_its_goal_is_seen(attempt, monkeypatch):
+    def there(state):
+        here = scene(state)
+        return replace(here, object=here.goal, second=np.zeros(3))
+
+    monkeypatch.setattr(films, "scene", there)
+    (frame, *_) = drawn_frames(attempt, every=9)
+    for colour in ((255, 127, 14), (214, 39, 40)):
+        assert (frame == colour).all(-1).sum() > 20
 
 
 def test_rendered_films(renderer, attempt):

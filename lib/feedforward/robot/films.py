@@ -20,7 +20,12 @@ from feedforward.robot.rendering import choose_backend
 from feedforward.robot.rollout import Attempt
 from feedforward.robot.tasks import CONTROL_HZ, Environment, Images, make_environment, scene
 
-_MARKS = (("object", "tab:orange"), ("second", "tab:green"), ("goal", "tab:red"))
+# the goal is a ring, so that what lies in it is seen
+_MARKS = {
+    "object": {"color": "tab:orange", "markersize": 5},
+    "second": {"color": "tab:green", "markersize": 5},
+    "goal": {"color": "tab:red", "markersize": 9, "markeredgewidth": 2, "fillstyle": "none"},
+}
 
 
 def film(
@@ -60,7 +65,7 @@ def rendered_frames(
 def drawn_frames(attempt: Attempt, *, size: int = 240, every: int = 4) -> np.ndarray:
     """The frames of an attempt drawn from where the robot's parts and the objects are; see `film`.
 
-    The arm is seen from the side and from above, with the objects and the goal as dots.
+    The arm is seen from the side and from above, with the objects as dots and the goal as a ring.
     """
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
@@ -85,10 +90,10 @@ def drawn_frames(attempt: Attempt, *, size: int = 240, every: int = 4) -> np.nda
             axis.plot(arm[:, x], arm[:, y], "-o", color="0.3", linewidth=2, markersize=3)
             for finger in parts[-2:]:
                 axis.plot(*zip(arm[-1, [x, y]], finger[[x, y]], strict=True), color="0.3")
-            for mark, colour in _MARKS:
+            for mark, look in _MARKS.items():
                 place = getattr(here, mark)
                 if mark != "second" or place.any():
-                    axis.plot(*place[[x, y]], "o", color=colour, markersize=5)
+                    axis.plot(*place[[x, y]], "o", **look)
             axis.text(0.02, 0.95, name, transform=axis.transAxes, fontsize=7, va="top")
         axes[0].text(
             0.98, 0.95, f"{step}", transform=axes[0].transAxes, fontsize=7, va="top", ha="right"
