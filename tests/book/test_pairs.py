@@ -1,6 +1,7 @@
 """Each chapter is a pair of files that say the same, with outputs that nbval can compare."""
 
 import json
+import re
 import sys
 from pathlib import Path
 
@@ -49,6 +50,23 @@ class TestPair:
         text = (ROOT / notebook.stored).read_text()
         assert str(ROOT) not in text
         assert "/home/" not in text
+
+
+@pytest.mark.parametrize(
+    "page", sorted((ROOT / "book").rglob("*.md")), ids=lambda p: str(p.relative_to(ROOT / "book"))
+)
+def test_directives_end_where_they_should(page):
+    """A fence behind other words closes nothing, and Sphinx does not warn of it."""
+    open_fences = []
+    for number, line in enumerate(page.read_text().splitlines(), 1):
+        assert not re.search(r"\S.* :{3,}$", line), f"{number}: give ::: a line of its own"
+        if begun := re.match(r"(:{3,})\{", line):
+            open_fences.append((begun[1], number))
+        elif re.fullmatch(r":{3,}\s*", line):
+            assert open_fences, f"{number}: nothing to close"
+            fence, opened = open_fences.pop()
+            assert line.strip() == fence, f"{number}: closes {fence} of line {opened}"
+    assert not open_fences
 
 
 def test_there_are_chapters():
