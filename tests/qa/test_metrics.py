@@ -14,7 +14,6 @@ from feedforward.qa.metrics import (
     exact_match,
     f1,
     item_scores,
-    needed,
     normalize_answer,
     paired_test,
 )
@@ -241,13 +240,3 @@ def test_different_questions_and_bad_options_are_told():
         bootstrap_interval([1, 2], resamples=0)
     with pytest.raises(ValueError, match="finite"):
         bootstrap_interval([])
-
-
-def test_the_needed_number_has_the_promised_power():
-    count = needed(spread=30, gain=5)
-    rng = np.random.default_rng(6)
-    draws = rng.normal(5, 30, (2000, count))
-    z = draws.mean(1) / (draws.std(1, ddof=1) / math.sqrt(count))
-    assert np.mean(np.abs(z) > 1.96) == pytest.approx(0.8, abs=0.03)
-    with pytest.raises(ValueError, match="gain 0"):
-        needed(spread=30, gain=0)

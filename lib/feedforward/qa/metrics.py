@@ -5,7 +5,6 @@ import string
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
-from statistics import NormalDist
 
 import numpy as np
 
@@ -272,32 +271,6 @@ def paired_test(
         spread=float(differences.std(ddof=1)) if len(differences) > 1 else 0.0,
         count=len(differences),
     )
-
-
-def needed(spread: float, gain: float, *, level: float = 0.95, power: float = 0.8) -> int:
-    """How many independent differences prove a gain: questions, or pairs of training runs.
-
-    A two-sided test of a mean difference by the normal approximation.
-
-    Args:
-        spread: Standard deviation of one difference, for instance `PairedTest.spread`.
-        gain: The mean difference to be proven, in the same unit.
-        level: Of confidence.
-        power: Probability to prove a gain that is there.
-
-    Raises:
-        ValueError: When a number is out of range.
-
-    >>> needed(spread=40.0, gain=1.0)
-    12559
-    """
-    if spread < 0 or gain == 0 or not 0 < level < 1 or not 0 < power < 1:
-        raise ValueError(
-            f"spread {spread} must not be negative, gain {gain} not 0, level {level} and power "
-            f"{power} between 0 and 1"
-        )
-    z = NormalDist().inv_cdf((1 + level) / 2) + NormalDist().inv_cdf(power)
-    return max(2, int(np.ceil((z * spread / gain) ** 2)))
 
 
 def _values(scores: ItemScores, metric: str) -> np.ndarray:

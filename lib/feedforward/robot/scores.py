@@ -1,14 +1,19 @@
-"""How sure success rates are, and how much an expert's choice tells about task or phase.
+"""How sure success rates are, what an expert's choice tells, and what another would change.
 
 Explained in ``book/adamoe/04-do-experts-specialise`` and ``book/adamoe/05-controls-and-verdicts``.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
+from torch import nn
+
+from feedforward.layers.experts import MoE
+from feedforward.layers.routing import Routing
 
 
 def wilson(successes: int, attempts: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -86,34 +91,6 @@ def paired_difference(
     drawn = gains[rng.integers(len(gains), size=(resamples, len(gains)))].mean(1)
     low, high = np.quantile(drawn, [(1 - level) / 2, (1 + level) / 2])
     return Difference(float(gains.mean()), float(low), float(high), len(gains))
-
-
-def episodes_needed(
-    first: Mapping[str, float],
-    second: Mapping[str, float],
-    gain: float,
-    *,
-    level: float = 0.95,
-    power: float = 0.8,
-) -> int:
-    """How many paired episodes would show a gain of this size, judged by these ones.
-
-    Args:
-        first: Scores by episode.
-        second: Of the other policy, for the same episodes.
-        gain: Difference of the means to be shown, above 0.
-        level: Of confidence.
-        power: The chance to show it.
-
-    Raises:
-        ValueError: When the gain is not above 0 or the episodes differ.
-    """
-    if gain <= 0 or first.keys() != second.keys():
-        raise ValueError(f"gain is {gain}; give one above 0 and the same episodes on both sides")
-    spread = np.std([first[name] - second[name] for name in first], ddof=1)
-    normal = NormalDist()
-    z = normal.inv_cdf(0.5 + level / 2) + normal.inv_cdf(power)
-    return max(2, int(np.ceil((z * spread / gain) ** 2)))
 
 
 # --- information --------------------------------------------------------------------------------
@@ -224,3 +201,52 @@ def _tested(found: float, shuffled: list[float]) -> Information:
         shuffled=float(np.mean(shuffled)),
         p=(1 + reached) / (1 + len(shuffled)),
     )
+
+
+# --- other experts ------------------------------------------------------------------------------
+
+
+@contextmanager
+def rerouted(model: nn.Module, change: Callable[[Routing], Routing]) -> Iterator[None]:
+    """Within the block the experts of every layer work by another routing than their router's.
+
+    What a choice tells about a task or a phase says nothing of the experts: copies of one layer can
+    be chosen by phase. What becomes of a plan when each token gets another expert at the same
+    weight is the difference that the choice makes. Not in the paper. Explained in
+    ``book/adamoe/04-do-experts-specialise``.
+
+    Args:
+        model: Holds ``MoE`` layers; as it was, after the block.
+        change: From the router's ``Routing`` of T tokens to the one to use; `collect_routing` sees
+            the latter.
+
+    Raises:
+        ValueError: When there is no layer with experts, or changed experts or weights have another
+            shape.
+
+    >>> import torch
+    >>> from feedforward import SwitchRouter
+    >>> layer = MoE(8, 16, 4, router=SwitchRouter(8, 4)).eval()
+    >>> x = torch.randn(5, 8)
+    >>> with rerouted(layer, lambda r: r._replace(weights=0 * r.weights)):
+    ...     layer(x).abs().max().item()
+    0.0
+    """
+    layers = [module for module in model.modules() if isinstance(module, MoE)]
+    if not layers:
+        raise ValueError(f"{type(model).__name__} has no layers with experts to reroute")
+
+    def other(_router: nn.Module, _inputs: tuple, routing: Routing) -> Routing:
+        changed = change(routing)
+        for name in ("indices", "weights"):
+            own, new = getattr(routing, name).shape, getattr(changed, name).shape
+            if own != new:
+                raise ValueError(
+                    f"the changed {name} have shape {tuple(new)}; the router's have {tuple(own)}"
+                )
+        return changed
+
+    with ExitStack() as hooks:
+        for layer in layers:
+            hooks.enter_context(layer.router.register_forward_hook(other))
+        yield

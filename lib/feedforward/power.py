@@ -1,0 +1,177 @@
+"""How many runs, questions or attempts would decide a comparison: its statistical power.
+
+A difference of two arms has two kinds of luck: that of training, other for every seed, and that of
+the items on which they are scored, other for every choice of questions or start states. Explained
+in ``book/robust-qa/04-audit``.
+"""
+
+import math
+from statistics import NormalDist
+
+import numpy as np
+
+from feedforward.claims import Result, Verdict
+
+__all__ = ["items_needed", "needed", "runs_needed", "would_decide"]
+
+#: Units in which the least gain worth proving is one.
+_POINTS = ("points", "F1", "EM")
+
+
+def needed(spread: float, gain: float, *, level: float = 0.95, power: float = 0.8) -> int:
+    """How many independent differences prove a gain: questions, or pairs of training runs.
+
+    A two-sided test of a mean difference by the normal approximation.
+
+    Args:
+        spread: Standard deviation of one difference, for instance ``PairedTest.spread``.
+        gain: The mean difference to be proven, in the same unit.
+        level: Of confidence.
+        power: Probability to prove a gain that is there.
+
+    Raises:
+        ValueError: When a number is out of range.
+
+    >>> needed(spread=40.0, gain=1.0)
+    12559
+    """
+    z = _both(level, power)
+    if spread < 0 or gain == 0:
+        raise ValueError(f"spread {spread} must not be negative and gain {gain} not 0")
+    return max(2, math.ceil((z * spread / gain) ** 2))
+
+
+def runs_needed(
+    gain: float,
+    over_runs: float,
+    over_items: float,
+    items: int,
+    *,
+    level: float = 0.95,
+    power: float = 0.8,
+) -> int | None:
+    """Pairs of runs that prove a gain on a given number of items; None: no number of them does.
+
+    Args:
+        gain: To be proven.
+        over_runs: Standard deviation of the difference over pairs of training runs.
+        over_items: That of the differences of single items, averaged over the runs.
+        items: Their number.
+        level: Of confidence.
+        power: Probability to prove a gain that is there.
+
+    >>> runs_needed(1.0, 1.4, 0.0, 382), runs_needed(1.0, 1.4, 30.0, 382)
+    (16, None)
+    """
+    left = gain**2 - (_both(level, power) * over_items) ** 2 / items
+    return needed(over_runs, math.sqrt(left), level=level, power=power) if left > 0 else None
+
+
+def items_needed(
+    gain: float,
+    over_runs: float,
+    over_items: float,
+    runs: int,
+    *,
+    level: float = 0.95,
+    power: float = 0.8,
+) -> int | None:
+    """Items that prove a gain with a given number of pairs of runs; None: no number of them does.
+
+    Args:
+        gain: To be proven.
+        over_runs: Standard deviation of the difference over pairs of training runs.
+        over_items: That of the differences of single items, averaged over the runs.
+        runs: Pairs of runs.
+        level: Of confidence.
+        power: Probability to prove a gain that is there.
+
+    >>> items_needed(1.0, 0.0, 40.0, 3)
+    12559
+    """
+    left = gain**2 - (_both(level, power) * over_runs) ** 2 / runs
+    return needed(over_items, math.sqrt(left), level=level, power=power) if left > 0 else None
+
+
+def would_decide(verdict: Verdict, *, items: str = "questions", power: float = 0.8) -> str:
+    """What an inconclusive claim lacks, in one clause, judged by the records that it has.
+
+    The gain to be proven is the least that the claim asks for, where that is above nothing; else
+    one point of what is measured in points, or as much as was found. Two or three runs give rough
+    standard deviations, so the numbers are orders of magnitude.
+
+    Args:
+        verdict: Of the claim; the statistic that decides it compares two arms.
+        items: What the arms are scored on.
+        power: Probability to prove a gain that is there.
+
+    Returns:
+        For instance ``"to prove 1: 34 seeds on these questions, or 2,100 questions with 3 seeds"``;
+        where neither alone would do, a pair of both, half of what is allowed for each kind of luck.
+        Where there is no interval, the reason for that.
+    """
+    result = verdict.weakest
+    if math.isnan(result.low):
+        return result.reason
+    if not (result.statistic.variant and result.statistic.reference):
+        return "more seeds: the statistic is no difference of two arms"
+    runs, over_runs, over_items, count = _luck(result)
+    if runs < 2:
+        return "the same seeds in both arms"
+    if not over_runs and not over_items:
+        return "another test: the arms are equal in every run"
+    gain = _least(result)
+    ways = []
+    if more := runs_needed(gain, over_runs, over_items, count, power=power):
+        # the normal law is used, and a few runs have Student's
+        ways.append(f"{max(more, runs + 1):,} seeds on these {items}")
+    if over_items and (more := items_needed(gain, over_runs, over_items, runs, power=power)):
+        ways.append(f"{more:,} {items} with {runs} seeds")
+    if not ways:
+        half = [needed(math.sqrt(2) * x, gain, power=power) for x in (over_runs, over_items)]
+        ways.append(f"{half[0]:,} seeds and {half[1]:,} {items}")
+    return f"to prove {gain:.2g}: {', or '.join(ways)}"
+
+
+def _both(level: float, power: float) -> float:
+    """How many standard errors a gain must be."""
+    if not 0 < level < 1 or not 0 < power < 1:
+        raise ValueError(f"level {level} and power {power} lie between 0 and 1")
+    normal = NormalDist()
+    return normal.inv_cdf((1 + level) / 2) + normal.inv_cdf(power)
+
+
+def _luck(result: Result) -> tuple[int, float, float, int]:
+    """Pairs of runs, standard deviation over them, that over items, and the number of items."""
+    statistic = result.statistic
+    (one,), (other,) = statistic.variant, statistic.reference
+    metric, against = statistic.metric, statistic.reference_metric or statistic.metric
+    runs = {(record.variant, record.seed): record for record in result.records}
+    pairs = [
+        (record, runs[other, seed])
+        for (variant, seed), record in sorted(runs.items())
+        if variant == one and (other, seed) in runs
+    ]
+    gaps = [a.metrics[metric] - b.metrics[against] for a, b in pairs]
+    spread = float(np.std(gaps, ddof=1)) if len(gaps) > 1 else math.nan
+    tables = [
+        (a.metrics.get("items", {}).get(metric), b.metrics.get("items", {}).get(against))
+        for a, b in pairs
+    ]
+    if not all(a and b and a.keys() == b.keys() for a, b in tables) or not tables:
+        return len(pairs), spread, 0.0, 1
+    single = np.mean([[a[name] - b[name] for name in sorted(a)] for a, b in tables], axis=0)
+    return len(pairs), spread, float(single.std(ddof=1)), len(single)
+
+
+def _least(result: Result) -> float:
+    """The effect to be proven, in the metric's unit."""
+    statistic = result.statistic
+    ends = [abs(end - (statistic.null or 0.0)) for end in statistic.band if math.isfinite(end)]
+    gain = min(ends, default=0.0)
+    if statistic.kind in ("relative", "ratio"):
+        base = [r.metrics[statistic.metric] for r in result.records]
+        gain *= float(np.mean(base)) / (100 if statistic.kind == "relative" else 1)
+    if gain:
+        return gain
+    return 1.0 if statistic.unit in _POINTS else abs(result.estimate) or 1.0

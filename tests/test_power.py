@@ -1,0 +1,129 @@
+"""What would decide a comparison, against simulated experiments."""
+
+import math
+
+import numpy as np
+import pytest
+
+from feedforward.claims import Claim, Published, Statistic, verdicts
+from feedforward.power import items_needed, needed, runs_needed, would_decide
+from feedforward.records import Provenance, Record
+
+HERE = Provenance(
+    commit=None,
+    dirty=None,
+    lock=None,
+    versions={},
+    device="a test processor",
+    threads=1,
+    seconds=1.0,
+    peak_memory=None,
+    date="2025-01-02T00:00:00+00:00",
+    python="3.11",
+)
+
+
+def judged(a, b, *, band=(0.0, math.inf), unit="points", kind="difference"):
+    """The verdict on two arms, each a list over seeds of scores over the same items."""
+    records = [
+        Record(
+            "demo",
+            variant,
+            "cpu",
+            seed,
+            {"variant": variant, "seed": seed},
+            {
+                "score": float(np.mean(scores)),
+                "items": {"score": {str(i): float(v) for i, v in enumerate(scores)}},
+            },
+            {},
+            HERE,
+        )
+        for variant, runs in (("a", a), ("b", b))
+        for seed, scores in enumerate(runs)
+    ]
+    statistic = Statistic(
+        kind, "demo", band, variant=("a",), reference=("b",), metric="score", unit=unit
+    )
+    claim = Claim(
+        id="demo-1",
+        paper="adamoe",
+        statement="A beats B.",
+        published=(Published("+2", "abstract"),),
+        statistics=(statistic,),
+        profile="cpu",
+        chapter="adamoe/index",
+    )
+    return verdicts([claim], records)[0]
+
+
+def test_the_needed_number_has_the_promised_power():
+    count = needed(spread=30, gain=5)
+    rng = np.random.default_rng(6)
+    draws = rng.normal(5, 30, (2000, count))
+    z = draws.mean(1) / (draws.std(1, ddof=1) / math.sqrt(count))
+    assert np.mean(np.abs(z) > 1.96) == pytest.approx(0.8, abs=0.03)
+
+
+@pytest.mark.parametrize(
+    "wrong", [{"gain": 0}, {"spread": -1}, {"power": 1.0}, {"level": 95}], ids=str
+)
+def test_bad_numbers_are_named(wrong):
+    with pytest.raises(ValueError, match=str(next(iter(wrong.values())))):
+        needed(**{"spread": 30.0, "gain": 5.0} | wrong)
+
+
+def test_runs_and_items_have_the_promised_power_together():
+    rng = np.random.default_rng(0)
+    gain, over_runs, over_items, items = 2.0, 1.5, 20.0, 1000
+    runs = runs_needed(gain, over_runs, over_items, items)
+    errors = rng.normal(0, over_runs, (4000, runs)).mean(1)
+    errors += rng.normal(0, over_items / math.sqrt(items), 4000)
+    total = math.hypot(over_runs / math.sqrt(runs), over_items / math.sqrt(items))
+    assert np.mean(np.abs(gain + errors) > 1.96 * total) == pytest.approx(0.8, abs=0.04)
+    enough = items_needed(gain, over_runs, over_items, runs)
+    assert enough <= items
+    assert items_needed(gain, over_runs, over_items, runs + 5) < enough
+
+
+def test_the_other_luck_may_leave_nothing():
+    assert runs_needed(1.0, 1.0, 30.0, 382) is None
+    assert items_needed(1.0, 5.0, 30.0, 3) is None
+
+
+class TestWouldDecide:
+    rng = np.random.default_rng(3)
+
+    def noisy(self, runs, items, *, shift=0.0, spread=30.0):
+        return [50 + shift + self.rng.normal(0, spread, items) for _ in range(runs)]
+
+    def test_names_seeds_and_items(self):
+        verdict = judged(self.noisy(3, 50, shift=1), self.noisy(3, 50))
+        assert verdict.verdict == "inconclusive"
+        text = would_decide(verdict, items="attempts")
+        assert text.startswith("to prove 1: ")
+        assert "attempts" in text
+        assert "seeds" in text
+
+    def test_the_gain_is_what_the_claim_asks_for(self):
+        a, b = self.noisy(3, 50), self.noisy(3, 50)
+        assert would_decide(judged(a, b, band=(4.0, math.inf))).startswith("to prove 4: ")
+        found = judged(a, b, unit="bits")
+        assert would_decide(found).startswith(f"to prove {abs(found.weakest.estimate):.2g}: ")
+
+    def test_a_larger_gain_needs_less(self):
+        a = [50 + self.rng.normal(0, 3, 2000) + shift for shift in (1, -3, 2.5)]
+        b = [50 + self.rng.normal(0, 3, 2000) for _ in range(3)]
+        seeds = [
+            int(would_decide(judged(a, b, band=(gain, math.inf))).split()[3].replace(",", ""))
+            for gain in (1.0, 2.0)
+        ]
+        assert seeds[0] > seeds[1] > 3
+
+    def test_too_few_runs_say_so(self):
+        verdict = judged(self.noisy(1, 50), self.noisy(1, 50))
+        assert would_decide(verdict) == verdict.weakest.reason
+
+    def test_equal_arms_need_another_test(self):
+        same = self.noisy(3, 20)
+        assert "equal in every run" in would_decide(judged(same, same))
