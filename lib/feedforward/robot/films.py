@@ -67,6 +67,14 @@ def drawn_frames(attempt: Attempt, *, size: int = 240, every: int = 4) -> np.nda
 
     The arm is seen from the side and from above, with the objects as dots and the goal as a ring.
     """
+    from matplotlib.style import context
+
+    # whatever style is set for figures, a film looks the same
+    with context("default"):
+        return np.stack(list(_drawn(attempt, size, every)))
+
+
+def _drawn(attempt: Attempt, size: int, every: int) -> Iterator[np.ndarray]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
@@ -79,7 +87,6 @@ def drawn_frames(attempt: Attempt, *, size: int = 240, every: int = 4) -> np.nda
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(2, 1)
     figure.subplots_adjust(0, 0, 1, 1, 0, 0)
-    frames = []
     for step, bodies in _again(attempt, every, lambda environment, _: environment.bodies()):
         here = scene(attempt.states[step])
         parts = np.stack(list(bodies.values()))
@@ -99,8 +106,7 @@ def drawn_frames(attempt: Attempt, *, size: int = 240, every: int = 4) -> np.nda
             0.98, 0.95, f"{step}", transform=axes[0].transAxes, fontsize=7, va="top", ha="right"
         )
         canvas.draw()
-        frames.append(np.asarray(canvas.buffer_rgba())[..., :3].copy())
-    return np.stack(frames)
+        yield np.asarray(canvas.buffer_rgba())[..., :3].copy()
 
 
 def _again(
