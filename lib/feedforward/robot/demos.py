@@ -30,15 +30,15 @@ from feedforward.files import DataError, atomic_write
 from feedforward.profiles import unknown
 from feedforward.robot.lerobot import Clip, Episode, encode, read_dataset, write_dataset
 from feedforward.robot.tasks import (
-    ACTION_NAMES,
     CONTROL_HZ,
-    STATE_NAMES,
     Environment,
     Images,
+    Simulator,
     Task,
     find_task,
     make_environment,
     scripted_expert,
+    simulator_of,
     versions,
 )
 
@@ -333,6 +333,10 @@ class _Order:
     attempts: int
 
     @property
+    def simulator(self) -> Simulator:
+        return simulator_of(self.tasks)
+
+    @property
     def jobs(self) -> list[tuple[str, int]]:
         return [(task, number) for task in self.tasks for number in range(self.episodes)]
 
@@ -348,7 +352,7 @@ def demonstrate(
     Args:
         environment: That the expert acts in.
         start_state: Seed of the start and of the noise.
-        noise: Standard deviation of what is added to the three moves, where 1 is 1 cm a step.
+        noise: Standard deviation of what is added to the three moves; in Meta-World 1 is 1 cm.
 
     Returns:
         The episode, or None where the expert did not succeed in the steps of the task.
@@ -363,7 +367,8 @@ def demonstrate(
         actions.append(action)
         for camera, image in observation.images.items():
             images.setdefault(camera, []).append(image)
-        disturbed = action + np.append(rng.normal(0, noise, 3), 0).astype(np.float32)
+        disturbed = action.copy()
+        disturbed[:3] += rng.normal(0, noise, 3).astype(np.float32)
         observation = environment.step(disturbed)
     if not observation.success:
         return None
@@ -400,7 +405,7 @@ def collect(
         seed: Of the start states and the noise.
         noise: See `demonstrate`.
         images: What images to record; None for none.
-        state: The kind of state to record, see `feedforward.robot.tasks.STATE_NAMES`.
+        state: The kind of state to record, see `feedforward.robot.tasks.Simulator`.
         folder: Where to store the data set; None keeps it in memory only.
         workers: Processes; None for one a core. More than one need a script to start its work
             under ``if __name__ == "__main__":``.
@@ -408,7 +413,8 @@ def collect(
         progress: Show a bar.
 
     Raises:
-        ValueError: When a task, a number or the kind of state is not allowed.
+        ValueError: When a task, a number or the kind of state is not allowed, or the tasks have
+            several simulators.
         RendererError: When images are wanted and there is no OpenGL.
         VideoError: When images are to be stored and there is no encoder.
         DataError: When the folder holds another collection.
@@ -425,15 +431,14 @@ def collect(
         )
     if len(set(names)) < len(names):
         raise ValueError(f"a task is named twice: {names}")
-    if state not in STATE_NAMES:
-        raise ValueError(unknown("kind of state", state, STATE_NAMES))
+    if state not in (kinds := order.simulator.state_names):
+        raise ValueError(unknown("kind of state", state, kinds))
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     workers = min(workers, len(order.jobs))
     if folder is None:
-        return Demonstrations.of(
-            [episode for _, episode in sorted(_played(order, None, order.jobs, workers, progress))]
-        )
+        played = sorted(_played(order, None, order.jobs, workers, progress))
+        return Demonstrations.of([episode for _, episode in played], order.simulator.control_hz)
     return _collect_into(Path(folder), order, workers, progress)
 
 
@@ -523,7 +528,7 @@ class _Shelf:
     def put(self, job: tuple[str, int], episode: Episode) -> None:
         parts = {"state": episode.state, "actions": episode.actions}
         for camera, frames in episode.images.items():
-            clip = encode(frames, CONTROL_HZ)
+            clip = encode(frames, simulator_of([job[0]]).control_hz)
             parts[f"video {camera}"] = np.frombuffer(clip.data, dtype=np.uint8)
             parts[f"shape {camera}"] = np.array(clip.shape)
             parts[f"histogram {camera}"] = clip.histogram
@@ -577,14 +582,15 @@ def _collect_into(folder: Path, order: _Order, workers: int, progress: bool) -> 
         missing = [job for job, there in zip(order.jobs, stored, strict=True) if not there]
         for _ in _played(order, shelf, missing, max(1, min(workers, len(missing))), progress):
             pass
+        simulator = order.simulator
         write_dataset(
             folder,
             (shelf.get(job, order.images) for job in order.jobs),
-            fps=CONTROL_HZ,
-            state_names=STATE_NAMES[order.state],
-            action_names=ACTION_NAMES,
-            robot="sawyer",
-            notes={"collection": described, "versions": versions()},
+            fps=simulator.control_hz,
+            state_names=simulator.state_names[order.state],
+            action_names=simulator.action_names,
+            robot=simulator.robot,
+            notes={"collection": described, "versions": versions(simulator)},
         )
         shutil.rmtree(shelf.folder)
     return load_demonstrations(folder)

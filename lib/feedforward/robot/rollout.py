@@ -100,7 +100,7 @@ class Attempt:
     Attributes:
         start: How it began.
         success: Whether the task was solved.
-        states: (T + 1, 39) float32, the full states, before each step and at the end.
+        states: (T + 1, S) float32, the full states, before each step and at the end.
         actions: (T, A) float32, what was carried out.
         experts: (T, Euler steps, layers, k) uint8, the experts that each carried out action was
             given in each step of its plan; None for a policy without experts.

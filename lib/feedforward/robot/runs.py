@@ -44,7 +44,14 @@ from feedforward.robot.policy import (
 )
 from feedforward.robot.rollout import Rollouts, make_starts, plan_latency, roll_out
 from feedforward.robot.scores import phase_information, task_information
-from feedforward.robot.tasks import STATE_NAMES, Images, find_task, phases, suite, versions
+from feedforward.robot.tasks import (
+    Images,
+    find_task,
+    phases,
+    simulator_of,
+    versions,
+    wordings,
+)
 from feedforward.robot.vision import frame_features, thumbnails
 from feedforward.training import TrainingConfig, seed_everything, train
 
@@ -184,10 +191,9 @@ class RobotConfig:
     def __post_init__(self):
         for name in ("tasks", "long_tasks"):
             object.__setattr__(self, name, tuple(getattr(self, name)))
-        for task in self.tasks:
-            find_task(task)
-        if self.state not in STATE_NAMES:
-            raise ValueError(unknown("kind of state", self.state, STATE_NAMES))
+        kinds = simulator_of(map(find_task, self.tasks)).state_names
+        if self.state not in kinds:
+            raise ValueError(unknown("kind of state", self.state, kinds))
         if odd := set(self.long_tasks) - set(self.tasks):
             raise ValueError(f"long_tasks names {sorted(odd)}, which are not among the tasks")
         if self.policy.ffn != "dense":
@@ -201,10 +207,10 @@ class RobotConfig:
             raise ValueError(
                 f"execute is {self.evaluation.execute} of a horizon of {self.policy.horizon}"
             )
-        if self.tasks and self.policy.state != len(STATE_NAMES[self.state]):
+        if self.tasks and self.policy.state != len(kinds[self.state]):
             raise ValueError(
                 f"the policy takes {self.policy.state} numbers of state and {self.state!r} has "
-                f"{len(STATE_NAMES[self.state])}"
+                f"{len(kinds[self.state])}"
             )
 
 
@@ -369,10 +375,10 @@ class _Batches:
             data, batch=config.batch, horizon=config.policy.horizon, seed=config.seed, also=also
         )
         self.seed = config.seed
-        wordings = [_wordings(instruction) for instruction in data.instructions]
-        self.counts = np.array([len(each) for each in wordings])
+        told = [wordings(instruction) for instruction in data.instructions]
+        self.counts = np.array([len(each) for each in told])
         self.first = np.concatenate([[0], self.counts.cumsum()[:-1]])
-        self.text, self.real = token_states([text for each in wordings for text in each])
+        self.text, self.real = token_states([text for each in told for text in each])
 
     def __call__(self, step: int) -> dict[str, Tensor]:
         batch = self.chunks(step)
@@ -393,14 +399,6 @@ class _Batches:
         real = self.real[places]
         length = int(real.sum(1).max())
         return kept | {"text": self.text[places][:, :length], "text_mask": real[:, :length]}
-
-
-def _wordings(instruction: str) -> tuple[str, ...]:
-    """The instruction with its paraphrases where it is one of ours."""
-    for task in suite("mt50"):
-        if task.instruction == instruction:
-            return (instruction, *task.paraphrases)
-    return (instruction,)
 
 
 def _statistics(own: Statistics) -> dict[str, Any]:
@@ -606,7 +604,7 @@ def _scored(config: RobotConfig, rollouts: Rollouts) -> dict[str, Any]:
         "success by task": {task: asdict(rate) for task, rate in by_task.items()},
         "success interval": [rollouts.success.low, rollouts.success.high],
         "mean steps of solved attempts": float(np.mean(solved)) if solved else None,
-        "simulator": versions(),
+        "simulator": versions(simulator_of(config.tasks)),
     }
 
 
@@ -628,7 +626,8 @@ def specialisation(rollouts: Rollouts, experts: int, *, permutations: int = 200)
     attempts = rollouts.attempts
     names = list(dict.fromkeys(one.start.task for one in attempts))
     of_task = [names.index(one.start.task) for one in attempts]
-    of_phase = [phases(one.states[:-1]) for one in attempts]
+    simulator = simulator_of(names)
+    of_phase = [phases(one.states[:-1], simulator) for one in attempts]
     layers = attempts[0].experts.shape[2]
     load, found = [], {"task": [], "phase": []}
     for layer in range(layers):

