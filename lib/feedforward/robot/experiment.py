@@ -10,6 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from feedforward.profiles import get_profile, unknown
+from feedforward.robot import libero
 from feedforward.robot.accounting import plan
 from feedforward.robot.policy import CONFIGS, PolicyConfig
 from feedforward.robot.runs import (
@@ -24,7 +25,7 @@ from feedforward.robot.runs import (
     specialisation,
     trained_policy,
 )
-from feedforward.robot.tasks import SUITES, Images
+from feedforward.robot.tasks import SUITES, Images, suite
 from feedforward.training import TrainingConfig
 
 __all__ = [
@@ -74,6 +75,7 @@ class _Scale:
         config: Further fields of the configuration.
         switch: Steps of the first weight of the balance loss.
         router_warmup: Steps.
+        tuned: The arms beside the dense parent.
     """
 
     policy: PolicyConfig
@@ -82,12 +84,13 @@ class _Scale:
     config: Mapping[str, Any] = field(default_factory=dict)
     switch: int = 500
     router_warmup: int = 10
+    tuned: tuple[str, ...] = tuple(ARMS)
 
     def arms(self) -> dict[str, RobotConfig]:
         parent = RobotConfig("dense-parent", self.policy, self.parent, **self.config)
         arms = {parent.variant: parent}
-        for variant, given in ARMS.items():
-            given = dict(given)
+        for variant in self.tuned:
+            given = dict(ARMS[variant])
             if match := given.pop("match", None):
                 given["hidden"] = match * self.policy.hidden
             tuning = Tuning(
@@ -178,19 +181,72 @@ _PAPER = _Scale(
 _SCALES = {"smoke": _SMOKE, "cpu": _CPU, "gpu": _GPU, "paper": _PAPER}
 
 
+# --- LIBERO-Object ------------------------------------------------------------------------------
+
+LIBERO = "adamoe-libero"
+_OBJECT = tuple(task.name for task in suite("libero-object"))
+_TUNED_ON_LIBERO = ("dense", "adamoe", "vanilla-moe")
+_LIBERO_SMALL = {
+    "state": len(libero.STATE_NAMES["things"]),
+    "action": len(libero.ACTION_NAMES),
+    "horizon": 2 * libero.EXECUTE,
+}
+_LIBERO_SCALES = {
+    "smoke": replace(
+        _SMOKE,
+        policy=replace(_SMOKE.policy, **_LIBERO_SMALL),
+        config={
+            "experiment": LIBERO,
+            "tasks": ("ketchup",),
+            "state": "things",
+            "demonstrations": 1,
+            "batch": 16,
+            "evaluation": Evaluation(episodes=1, execute=libero.EXECUTE),
+        },
+        tuned=_TUNED_ON_LIBERO,
+    ),
+    "cpu": replace(
+        _CPU,
+        policy=replace(_SMALL, **_LIBERO_SMALL),
+        config={
+            "experiment": LIBERO,
+            "tasks": _OBJECT,
+            "state": "things",
+            "demonstrations": 5,
+            "evaluation": Evaluation(episodes=12, execute=libero.EXECUTE, at_once=len(_OBJECT)),
+        },
+        tuned=_TUNED_ON_LIBERO,
+    ),
+}
+
+
+# --- the grids ----------------------------------------------------------------------------------
+
+
 def grid(part: str, profile: str) -> dict[str, RobotConfig]:
-    """The arms of the part at a profile, by name, all with seed 0.
+    """The arms of a part at a profile, by name, all with seed 0.
 
     At cpu there is ``dense-easy`` too, a dense policy alone on the easy suite, asked with
     the instructions that it was trained on. At gpu the policies
     see images and the robot's own state; at paper the action expert is pi0's, and demonstrations
     come from a folder: scores of its tasks need their simulator.
 
+    ``adamoe-libero`` has ``dense-parent``, ``dense``, ``adamoe`` and ``vanilla-moe`` on
+    LIBERO-Object at smoke and cpu, in the sizes of the part and the paper's way to evaluate: five
+    actions carried out, then a new plan. LIBERO's places hardly differ from one start to the next,
+    so that five demonstrations a task, with noise, are enough to learn from; 12 attempts at each
+    task are what keeps a seed at about half an hour on one core, most of it in the simulator.
+
     Raises:
-        ValueError: When the part or the profile is unknown.
+        ValueError: When the part or the profile is unknown, or the part has none of that name.
     """
+    if part == LIBERO:
+        if (name := get_profile(profile).name) not in _LIBERO_SCALES:
+            known = ", ".join(_LIBERO_SCALES)
+            raise ValueError(f"{part} has no setting for {name!r}; its profiles: {known}")
+        return _LIBERO_SCALES[name].arms()
     if part != EXPERIMENT:
-        raise ValueError(unknown("part", part, [EXPERIMENT]))
+        raise ValueError(unknown("part", part, [EXPERIMENT, LIBERO]))
     name = get_profile(profile).name
     arms = _SCALES[name].arms()
     if name == "cpu":

@@ -68,10 +68,10 @@ STATE_NAMES = {
 """What a state of LIBERO holds, in order, by the name of its kind.
 
 ``"things"`` (40): the gripper, its opening from 0 (closed) to 1 and its turn away from pointing
-down, as an axis times an angle, the inside of the basket, and all ten groceries, zeros where the scene has not got one; which
-of them is meant the instruction says alone. ``"robot"`` (7): the gripper alone. ``"full"`` (53):
-what is meant as well, with its turn as a quaternion and the extents of the box around it.
-Positions are of the centres of these boxes, in metres.
+down, as an axis times an angle, the inside of the basket, and all ten groceries, zeros where the
+scene has not got one; which of them is meant the instruction says alone. ``"robot"`` (7): the
+gripper alone. ``"full"`` (50): what is meant as well, with its turn as a quaternion and the extents
+of the box around it. Positions are of the centres of these boxes, in metres.
 """
 
 ACTION_NAMES = ("x", "y", "z", "turn_x", "turn_y", "turn_z", "gripper")
