@@ -60,6 +60,7 @@ ARMS = {
     "adamoe": Arm(_INDIGO, "D"),
     "csmoe": Arm(_ORANGE, "v"),
     "single-expert": Arm(_GREEN, "P"),
+    "collapsed": Arm(_RED, "X"),
     "tuned": Arm(_BLUE, "D"),
     "eda": Arm(_GREEN, "v"),
     "back-translation": Arm(_ORANGE, "P"),
