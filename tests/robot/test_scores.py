@@ -1,11 +1,12 @@
-"""Other experts than the router's: what changes, what does not, and that nothing stays behind."""
+"""Other experts than the router's, and phases of other attempts."""
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from feedforward import MoE, SwitchRouter, TopKRouter, collect_routing
-from feedforward.robot.scores import rerouted
+from feedforward.robot.scores import exchanged_phase_information, phase_information, rerouted
 
 F64 = {"dtype": torch.float64}
 
@@ -83,3 +84,51 @@ def test_what_cannot_be_rerouted_is_refused():
         rerouted(model, lambda r: r._replace(weights=r.weights[1:])),
     ):
         model(x)
+
+
+# --- phases of other attempts -------------------------------------------------------------------
+
+
+def attempts(choose, count=40, seed=0):
+    """Uses of two experts over three phases, and the tasks."""
+    rng, uses, phases = np.random.default_rng(seed), [], []
+    for _ in range(count):
+        phase = np.repeat(np.arange(3), rng.integers(5, 40, 3))
+        uses.append(np.eye(2, dtype=int)[choose(phase, rng)])
+        phases.append(phase)
+    return uses, phases, np.arange(count) % 2
+
+
+def test_experts_that_follow_the_phase_are_found_beyond_the_clock():
+    found = exchanged_phase_information(*attempts(lambda phase, _: (phase == 1).astype(int)))
+    assert found.p < 0.01
+    assert found.bits > 2 * found.shuffled
+
+
+def test_experts_that_follow_the_clock_are_found_by_turns_alone():
+    def clock(phase, _):
+        return (2 * np.arange(len(phase)) >= len(phase)).astype(int)
+
+    found = [attempts(clock, seed=seed) for seed in range(20)]
+    assert all(phase_information(*each[:2], permutations=100).p < 0.01 for each in found)
+    p = [exchanged_phase_information(*each, permutations=100).p for each in found]
+    assert 0.2 < np.median(p) < 0.8
+
+
+def test_what_tasks_differ_in_is_on_both_sides():
+    phases = [np.full(20, task) for task in (0, 1) * 10]
+    uses = [np.eye(2, dtype=int)[phase] for phase in phases]
+    found = exchanged_phase_information(uses, phases, (0, 1) * 10)
+    assert found.bits == pytest.approx(found.shuffled) == pytest.approx(1.0)
+    assert found.p == 1.0
+
+
+def test_p_is_right_where_choices_last_and_know_nothing():
+    def lasting(phase, rng):
+        return np.repeat(rng.integers(2, size=len(phase)), 12)[: len(phase)]
+
+    p = [
+        exchanged_phase_information(*attempts(lasting, 12, seed), permutations=39).p
+        for seed in range(100)
+    ]
+    assert np.mean(np.array(p) <= 0.1) < 0.2

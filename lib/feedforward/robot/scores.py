@@ -186,6 +186,54 @@ def phase_information(
     return _tested(bits(False), [bits(True) for _ in range(permutations)])
 
 
+def exchanged_phase_information(
+    uses: Sequence[np.ndarray],
+    phases: Sequence[np.ndarray],
+    tasks: Sequence[int],
+    *,
+    permutations: int = 200,
+    seed: int = 0,
+) -> Information:
+    """What the expert tells about the phase, against the phases of other attempts at the task.
+
+    A permutation gives each episode the phases of another one of its task, stretched to its length.
+    So they keep their order, and roughly their times: what an expert tells by following the clock,
+    or the task, is on both sides, where `phase_information` leaves the clock on one. Every episode
+    counts the same, so that those in which a policy is stuck until the end do not outweigh others.
+
+    Args:
+        uses: Of each episode how often each expert was used at each step, (T, E).
+        phases: Of each episode the phase of each step, (T,), from 0.
+        tasks: Of each episode, from 0.
+        permutations: Of the test.
+        seed: Of the permutations.
+    """
+    count = 1 + max(int(phase.max()) for phase in phases)
+    tasks = np.asarray(tasks)
+
+    def crossed(use: np.ndarray, phase: np.ndarray) -> np.ndarray:
+        middles = np.arange(len(use)) + 0.5  # of the steps
+        there = phase[(middles * len(phase) / len(use)).astype(int)]
+        return (there == np.arange(count)[:, None]) @ (use / use.sum())
+
+    groups = [np.flatnonzero(tasks == task) for task in np.unique(tasks)]
+    # of each group the table of every episode under the phases of every other
+    tables = [
+        np.stack([np.stack([crossed(uses[i], phases[j]) for j in own]) for i in own])
+        for own in groups
+    ]
+    rng = np.random.default_rng(seed)
+
+    def bits(exchanged: bool) -> float:
+        table = 0.0
+        for own in tables:
+            rows = np.arange(len(own))
+            table = table + own[rows, rng.permutation(rows) if exchanged else rows].sum(0)
+        return mutual_information(table)
+
+    return _tested(bits(False), [bits(True) for _ in range(permutations)])
+
+
 def _runs(phase: np.ndarray) -> list[tuple[int, int, int]]:
     """Stretches of one phase: it, its first step and the one after its last."""
     cuts = np.flatnonzero(np.diff(phase)) + 1
