@@ -98,6 +98,7 @@ EXPERIMENTS = {
     "structured-ffn-images": "feedforward.images",
     "robust-qa": "feedforward.qa.experiment",
     "adamoe": "feedforward.robot.experiment",
+    "adamoe-images": "feedforward.robot.experiment",
     "adamoe-libero": "feedforward.robot.experiment",
 }
 

@@ -257,6 +257,18 @@ def test_every_profile_has_the_arms_at_equal_training(profile):
         grid("adamo", profile)
 
 
+@pytest.mark.parametrize("part", ["adamoe-images", "adamoe-libero"])
+@pytest.mark.parametrize("profile", ["smoke", "cpu"])
+def test_further_parts_have_some_of_the_arms_under_their_own_name(part, profile):
+    arms = grid(part, profile)
+    assert {"dense-parent", "dense", "adamoe"} <= arms.keys()
+    assert {arm.experiment for arm in arms.values()} == {part}
+    assert {bool(arm.images) for arm in arms.values()} == {part == "adamoe-images"}
+    assert all(arm.policy.cameras == len(arm.images.cameras) for arm in arms.values() if arm.images)
+    with pytest.raises(ValueError, match=f"{part} has no setting for 'paper'.*smoke, cpu"):
+        grid(part, "paper")
+
+
 def test_the_recorded_scale_is_large_enough():
     arms = grid("adamoe", "cpu")
     assert arms["adamoe"].evaluation.episodes >= 25

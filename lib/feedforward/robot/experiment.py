@@ -178,9 +178,6 @@ _PAPER = _Scale(
     router_warmup=100,
 )
 
-_SCALES = {"smoke": _SMOKE, "cpu": _CPU, "gpu": _GPU, "paper": _PAPER}
-
-
 # --- LIBERO-Object ------------------------------------------------------------------------------
 
 LIBERO = "adamoe-libero"
@@ -220,7 +217,42 @@ _LIBERO_SCALES = {
 }
 
 
+# --- with images --------------------------------------------------------------------------------
+
+IMAGES = "adamoe-images"
+_BESIDE_IMAGES = {"state": 4, "image_width": 768, "cameras": 1}
+# four easy tasks and two hard ones, whose objects a thumbnail of the camera still shows
+_SEEN = ("button-press-topdown", "door-open", "drawer-open", "hammer", "push-wall", "window-open")
+_IMAGES_SCALES = {
+    "smoke": replace(
+        _SMOKE,
+        policy=replace(_SMOKE.policy, **_BESIDE_IMAGES),
+        config={**_SMOKE.config, "experiment": IMAGES, "state": "robot", "images": Images()},
+        tuned=("dense", "adamoe"),
+    ),
+    "cpu": replace(
+        _CPU,
+        policy=replace(_SMALL, **_BESIDE_IMAGES),
+        config={
+            "experiment": IMAGES,
+            "tasks": _SEEN,
+            "demonstrations": 20,
+            "state": "robot",
+            "images": Images(),
+            "evaluation": Evaluation(at_once=8),  # each environment has a renderer
+        },
+        tuned=("dense", "adamoe"),
+    ),
+}
+
+
 # --- the grids ----------------------------------------------------------------------------------
+
+_SCALES: Mapping[str, Mapping[str, _Scale]] = {
+    EXPERIMENT: {"smoke": _SMOKE, "cpu": _CPU, "gpu": _GPU, "paper": _PAPER},
+    IMAGES: _IMAGES_SCALES,
+    LIBERO: _LIBERO_SCALES,
+}
 
 
 def grid(part: str, profile: str) -> dict[str, RobotConfig]:
@@ -231,6 +263,9 @@ def grid(part: str, profile: str) -> dict[str, RobotConfig]:
     see images and the robot's own state; at paper the action expert is pi0's, and demonstrations
     come from a folder: scores of its tasks need their simulator.
 
+    ``adamoe-images`` has ``dense-parent``, ``dense`` and ``adamoe`` at smoke and cpu, in the sizes
+    of the part, on tasks that are seen through one camera.
+
     ``adamoe-libero`` has ``dense-parent``, ``dense``, ``adamoe`` and ``vanilla-moe`` on
     LIBERO-Object at smoke and cpu, in the sizes of the part and the paper's way to evaluate: five
     actions carried out, then a new plan. LIBERO's places hardly differ from one start to the next,
@@ -240,15 +275,13 @@ def grid(part: str, profile: str) -> dict[str, RobotConfig]:
     Raises:
         ValueError: When the part or the profile is unknown, or the part has none of that name.
     """
-    if part == LIBERO:
-        if (name := get_profile(profile).name) not in _LIBERO_SCALES:
-            known = ", ".join(_LIBERO_SCALES)
-            raise ValueError(f"{part} has no setting for {name!r}; its profiles: {known}")
-        return _LIBERO_SCALES[name].arms()
-    if part != EXPERIMENT:
-        raise ValueError(unknown("part", part, [EXPERIMENT, LIBERO]))
-    name = get_profile(profile).name
-    arms = _SCALES[name].arms()
-    if name == "cpu":
+    if part not in _SCALES:
+        raise ValueError(unknown("part", part, _SCALES))
+    name, scales = get_profile(profile).name, _SCALES[part]
+    if name not in scales:
+        known = ", ".join(scales)
+        raise ValueError(f"{part} has no setting for {name!r}; its profiles: {known}")
+    arms = scales[name].arms()
+    if (part, name) == (EXPERIMENT, "cpu"):
         arms["dense-easy"] = replace(_EASY.arms()["dense-parent"], variant="dense-easy")
     return arms
