@@ -14,6 +14,7 @@ from feedforward import cli, embedded, profiles
 from feedforward.cli import main
 from feedforward.profiles import EXPERIMENTS, Plan
 from feedforward.records import Provenance, Record, load_records, result_path
+from feedforward.robot.rendering import RendererError
 from feedforward.training import TrainingError
 
 
@@ -229,6 +230,16 @@ def test_a_run_that_diverges_is_one_line(capsys, demo):
     status, _, err = call(capsys, "run", "demo")
     assert status == 2
     assert err.splitlines()[-1] == "feedforward: loss is nan at step 3"
+
+
+def test_a_missing_renderer_is_one_line(capsys, demo):
+    def unseen(config, **options):
+        raise RendererError("there is no OpenGL to draw images with")
+
+    demo.run = unseen
+    status, _, err = call(capsys, "run", "demo", "--profile", "smoke")
+    assert status == 2
+    assert err.splitlines()[-1] == "feedforward: there is no OpenGL to draw images with"
 
 
 def test_a_damaged_record_is_one_line_with_its_path(capsys):

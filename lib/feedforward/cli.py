@@ -246,7 +246,10 @@ def main(arguments: Sequence[str] | None = None) -> None:
     """
     try:
         app(arguments, prog_name="feedforward")
-    except (ValueError, FloatingPointError, OSError) as error:
+    except Exception as error:
+        expected = isinstance(error, ValueError | FloatingPointError | OSError)
+        if not expected and not type(error).__module__.startswith("feedforward."):
+            raise
         print(f"feedforward: {' '.join(str(error).split())}", file=sys.stderr)
         raise SystemExit(2) from None
 
