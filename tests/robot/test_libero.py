@@ -395,7 +395,7 @@ def test_the_expert_solves_a_task_from_the_same_start_each_time(ketchup):
     again = ketchup.reset(7)
     assert np.array_equal(again.state, first.state)
     assert not again.success
-    for action in map(expert, states[:3]):
+    for action in map(scripted_expert("ketchup"), states[:3]):
         ketchup.step(action)
     assert np.array_equal(ketchup.full_state, states[3])
     assert not np.array_equal(ketchup.reset(8).state, first.state)

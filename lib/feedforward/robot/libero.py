@@ -228,6 +228,8 @@ class _Libero(Environment):
     def _begin(self, start_state: int) -> np.ndarray:
         with _seeded(start_state):
             self._simulator.reset()
+        gripper = self._simulator.robots[0].gripper
+        gripper.current_action = np.zeros_like(gripper.current_action)  # which a reset leaves
         still = np.array([0.0, 0, 0, 0, 0, 0, -1])
         for _ in range(SETTLING_STEPS):
             self._simulator.step(still)
