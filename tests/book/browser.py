@@ -19,7 +19,8 @@ class Browser:
     def __enter__(self):
         from websocket import create_connection
 
-        self._profile = tempfile.TemporaryDirectory()
+        # the browser may still write to it when it is asked to end
+        self._profile = tempfile.TemporaryDirectory(ignore_cleanup_errors=True)
         self._process = subprocess.Popen(
             [CHROMIUM, "--headless=new", "--no-sandbox", "--disable-gpu", "--hide-scrollbars"]
             + ["--remote-debugging-port=0", "--remote-allow-origins=*", "--mute-audio"]
