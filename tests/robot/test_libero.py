@@ -438,6 +438,7 @@ def test_nothing_is_written_outside_the_cache(ketchup, tmp_path):
         if name not in ("LIBERO_CONFIG_PATH", "NUMBA_CACHE_DIR")
     }
     environment |= {"HOME": str(home), "FEEDFORWARD_CACHE": str(cache)}
+    environment |= {"MPLCONFIGDIR": str(tmp_path / "own")}  # matplotlib has a folder of its own
     done = subprocess.run(
         [sys.executable, "-c", code], env=environment, capture_output=True, text=True, check=True
     )
