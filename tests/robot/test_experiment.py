@@ -97,6 +97,7 @@ def test_a_record_holds_what_the_ledger_reads():
     for name in ("phase", "task"):
         assert metrics[f"{name} information"] >= 0
         assert 0 < metrics[f"{name} information p"] <= 1
+    assert metrics["loss with other experts"] != metrics["last loss"]
     assert metrics["latency"] > 0
     assert metrics["latency ratio"] > 0
     assert metrics["simulator"]["mujoco"]
@@ -114,13 +115,20 @@ def test_every_metric_of_the_claims_is_in_the_arms():
         for entry in mine
         for one in entry["statistics"]
         for arm in (
-            [one["variant"], one["reference"]]
+            [one["variant"], one.get("reference", one["variant"])]
             if "variant" in one
             else [term["variant"] for term in one["terms"]]
         )
     }
     assert len(mine) == 9
     assert names <= grid("adamoe", "cpu").keys()
+
+
+def test_another_copy_makes_no_difference():
+    """Experts that were not tuned are copies, so that the loss stays what it was."""
+    copies = replace(CONFIG, tuning=replace(ADAMOE, training=replace(ADAMOE.training, lr=1e-30)))
+    metrics = run(copies, progress=False, device="cpu").metrics
+    assert metrics["loss with other experts"] == pytest.approx(metrics["last loss"], rel=1e-5)
 
 
 def test_the_first_loss_is_the_parents_where_the_function_is_kept():

@@ -168,6 +168,17 @@ def test_phases_of_picking_and_placing_come_in_order():
         phases(states[None])
 
 
+def test_an_object_that_settles_before_the_gripper_comes_has_not_moved():
+    environment = make_environment("hammer")
+    states, _, last = solve(environment, start_state=0)
+    assert last.success
+    objects = scene(states).object
+    assert np.linalg.norm(objects[10] - objects[0]) > 0.01  # else the test shows nothing
+    found = phases(states)
+    assert list(dict.fromkeys(found.tolist()))[:2] == [0, 1]
+    assert (found[:10] == PHASES.index("reach")).all()
+
+
 # --- actions ------------------------------------------------------------------------------------
 
 

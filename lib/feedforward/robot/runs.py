@@ -21,6 +21,7 @@ from torch import Tensor
 from feedforward.encoders import token_states
 from feedforward.files import DataError, atomic_write, cache_directory, sha256
 from feedforward.layers.cost import count
+from feedforward.layers.routing import Routing
 from feedforward.profiles import resolve_device, unknown
 from feedforward.records import (
     Provenance,
@@ -43,7 +44,7 @@ from feedforward.robot.policy import (
     widened,
 )
 from feedforward.robot.rollout import Rollouts, make_starts, plan_latency, roll_out
-from feedforward.robot.scores import phase_information, task_information
+from feedforward.robot.scores import exchanged_phase_information, rerouted, task_information
 from feedforward.robot.tasks import (
     Images,
     find_task,
@@ -239,7 +240,8 @@ def run(
         ``latency ratio`` that over a dense policy timed in turns with it. Of policies with
         experts: ``load`` gives each layer's share of choices by expert, ``phase information`` and
         ``task information`` the bits that an expert tells about phase and task, a mean over the
-        layers, with their shuffled counterparts and p. ``simulator`` has the versions and the
+        layers, with their shuffled counterparts and p, and ``loss with other experts`` is the last
+        loss with each choice handed to the next expert. ``simulator`` has the versions and the
         renderer.
 
     Raises:
@@ -484,7 +486,7 @@ class _Training:
         training = tuning.training if tuned else config.parent
         # the parent saw the first batches: its continuation goes on behind them
         shift = config.parent.steps if tuned else 0
-        first = self._loss(policy)
+        first = self.loss(policy)
         objective = Objective(tuning.balance, tuning.switch) if tuned else Objective()
         groups = None
         if tuned and tuning.ffn != "dense":
@@ -509,7 +511,7 @@ class _Training:
             policy.load_state_dict(averaged, strict=False)
         return {
             "first loss": first,
-            "last loss": self._loss(policy),
+            "last loss": self.loss(policy),
             "steps": training.steps,
             "seconds": result.seconds,
             "curves": {
@@ -519,7 +521,7 @@ class _Training:
         }
 
     @torch.no_grad()
-    def _loss(self, policy: FlowPolicy) -> float:
+    def loss(self, policy: FlowPolicy) -> float:
         """The loss on frames, noise and times that are the same for all arms of a seed."""
         policy = policy.to(self.device).eval()
         generator = torch.Generator().manual_seed(self.config.seed)
@@ -552,6 +554,9 @@ def _measured(config, training, policy, logs, progress, device) -> Record:
         "steps": [log["steps"] for log in logs],
         "frames": len(training.data),
     }
+    if config.tuning and config.tuning.ffn != "dense" and config.tuning.experts > 1:
+        with rerouted(policy, _to_the_next_expert):
+            metrics["loss with other experts"] = training.loss(policy)
     metrics |= _latencies(config, policy, device)
     if config.tasks:
         rollouts = rollouts_of(config, policy, progress=progress)
@@ -569,6 +574,11 @@ def _measured(config, training, policy, logs, progress, device) -> Record:
         },
         provenance=Provenance.here(seconds=spent, device=device),
     )
+
+
+def _to_the_next_expert(routing: Routing) -> Routing:
+    """Each choice at its weight, of the expert that comes after the chosen one."""
+    return routing._replace(indices=(routing.indices + 1) % routing.logits.shape[-1])
 
 
 def _latencies(config: RobotConfig, policy: FlowPolicy, device: torch.device) -> dict[str, float]:
@@ -635,7 +645,9 @@ def specialisation(rollouts: Rollouts, experts: int, *, permutations: int = 200)
         total = np.sum([own.sum(0) for own in uses], axis=0)
         load.append((total / total.sum()).tolist())
         found["task"].append(task_information(uses, of_task, permutations=permutations))
-        found["phase"].append(phase_information(uses, of_phase, permutations=permutations))
+        found["phase"].append(
+            exchanged_phase_information(uses, of_phase, of_task, permutations=permutations)
+        )
     metrics: dict[str, Any] = {
         "load": [[round(share, 6) for share in layer] for layer in load],
         "largest share": float(np.mean([max(layer) for layer in load])),

@@ -316,9 +316,11 @@ def phases(
     if here.object.ndim != 2 or not len(here.object):
         raise ValueError(f"give the states of one attempt, (T, S) with T >= 1, not {states.shape}")
     distance = np.linalg.norm(here.gripper - here.object, axis=-1)
-    gone = np.linalg.norm(here.object - here.object[0], axis=-1)
     left = np.linalg.norm(here.object - here.object[-1], axis=-1)
-    has_moved = np.maximum.accumulate(gone > moved)
+    # an object may settle before the gripper comes: what it then goes is no move
+    first = int(np.argmax(distance <= near))  # 0 where the gripper never comes near
+    gone = np.linalg.norm(here.object - here.object[first], axis=-1)
+    has_moved = np.maximum.accumulate((gone > moved) & (np.arange(len(gone)) >= first))
     return np.where(
         has_moved,
         np.where(left <= placed, PHASES.index("place"), PHASES.index("move")),
