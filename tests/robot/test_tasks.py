@@ -5,8 +5,7 @@ import sys
 import numpy as np
 import pytest
 
-from feedforward.robot import rendering
-from feedforward.robot import tasks as module
+from feedforward.robot import metaworld, rendering
 from feedforward.robot.rendering import RendererError
 from feedforward.robot.tasks import (
     PHASES,
@@ -247,7 +246,7 @@ def test_versions_name_simulator_and_renderer():
 def test_a_simulator_that_is_not_installed_says_so(monkeypatch):
     monkeypatch.setitem(sys.modules, "metaworld.env_dict", None)
     with pytest.raises(ImportError, match=r"pip install 'feedforward\[robot\]'"):
-        module._metaworld()
+        metaworld._metaworld()
 
 
 def test_without_a_renderer_states_work_and_images_say_how_to_get_one(monkeypatch):

@@ -27,7 +27,7 @@ import numpy as np
 
 from feedforward.files import DataError, cache_directory
 from feedforward.robot.rendering import choose_backend
-from feedforward.robot.tasks import Environment, Images, Simulator, Task
+from feedforward.robot.simulation import Environment, Images, Simulator, Task
 
 THINGS = (
     "alphabet soup",
