@@ -260,7 +260,7 @@ def test_an_error_of_the_program_keeps_its_traceback(demo):
         main(["run", "demo"])
 
 
-def test_list_shows_variants_and_recorded_seeds(capsys):
+def test_list_shows_variants_and_recorded_seeds(capsys, monkeypatch):
     call(
         capsys, "run", "demo", "--profile", "cpu", "--seeds", 0, 7, "--variants", "moe", "--record"
     )
@@ -271,6 +271,9 @@ def test_list_shows_variants_and_recorded_seeds(capsys):
     # the paper's setting of this part does not exist
     assert call(capsys, "list", "demo")[1].count("\n") == 1 + 3 * 2
     assert call(capsys, "list", "demo", "--profile", "paper")[0] == 2
+    monkeypatch.setattr(cli, "EXPERIMENTS", {"demo": "demo_experiment"})
+    assert call(capsys, "list", "--profile", "paper")[:2] == (0, out.splitlines()[0] + "\n")
+    assert "moe" in call(capsys, "list", "--profile", "cpu")[1]
 
 
 def test_claims_lists_the_ledger(capsys):

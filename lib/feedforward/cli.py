@@ -150,9 +150,9 @@ def list_(
             try:
                 grid = experiment.grid(each, name)
             except ValueError:
-                if profile:
+                if part and profile:
                     raise
-                continue  # the part has no setting for every profile
+                continue  # no part has a setting for every profile
             found = {record.seed for record in load_records(each, profile=name)}
             seeds = sorted(found.union(PROFILES[name].seeds))
             for variant in grid:
