@@ -9,18 +9,7 @@ from feedforward.claims import Claim, Published, Statistic, verdicts
 from feedforward.power import items_needed, needed, runs_needed, would_decide
 from feedforward.records import Provenance, Record
 
-HERE = Provenance(
-    commit=None,
-    dirty=None,
-    lock=None,
-    versions={},
-    device="a test processor",
-    threads=1,
-    seconds=1.0,
-    peak_memory=None,
-    date="2025-01-02T00:00:00+00:00",
-    python="3.11",
-)
+HERE = Provenance.here(seconds=1.0)
 
 
 def judged(a, b, *, band=(0.0, math.inf), unit="points", kind="difference"):
