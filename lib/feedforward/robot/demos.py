@@ -352,12 +352,15 @@ def demonstrate(
     Args:
         environment: That the expert acts in.
         start_state: Seed of the start and of the noise.
-        noise: Standard deviation of what is added to the three moves; in Meta-World 1 is 1 cm.
+        noise: Standard deviation of what is added to the moves of the simulator, see `Simulator`;
+            in Meta-World 1 is 1 cm, in ALOHA half of what a joint can be turned.
 
     Returns:
         The episode, or None where the expert did not succeed in the steps of the task.
     """
     expert = scripted_expert(environment.task)
+    simulator = environment.task.simulator
+    moves = [simulator.action_names.index(name) for name in simulator.moves]
     rng = np.random.default_rng(start_state)
     states, actions, images = [], [], {}
     observation = environment.reset(start_state)
@@ -368,7 +371,7 @@ def demonstrate(
         for camera, image in observation.images.items():
             images.setdefault(camera, []).append(image)
         disturbed = action.copy()
-        disturbed[:3] += rng.normal(0, noise, 3).astype(np.float32)
+        disturbed[moves] += rng.normal(0, noise, len(moves)).astype(np.float32)
         observation = environment.step(disturbed)
     if not observation.success:
         return None

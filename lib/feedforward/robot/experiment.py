@@ -10,7 +10,7 @@ from dataclasses import dataclass, field, replace
 from typing import Any
 
 from feedforward.profiles import get_profile, unknown
-from feedforward.robot import libero
+from feedforward.robot import aloha, libero
 from feedforward.robot.accounting import plan
 from feedforward.robot.policy import CONFIGS, PolicyConfig
 from feedforward.robot.runs import (
@@ -219,6 +219,44 @@ _LIBERO_SCALES = {
 }
 
 
+# --- ALOHA, two arms ----------------------------------------------------------------------------
+
+ALOHA = "adamoe-aloha"
+_TWO_ARMS = {
+    "state": len(aloha.STATE_NAMES["full"]),
+    "action": len(aloha.ACTION_NAMES),
+    "horizon": 16,
+}
+_ON_ALOHA = {
+    "experiment": ALOHA,
+    "tasks": tuple(task.name for task in suite("aloha")),
+    "noise": 0.003,  # of half of what a joint can be turned, in each step
+}
+_ALOHA_SCALES = {
+    "smoke": replace(
+        _SMOKE,
+        policy=replace(_SMOKE.policy, **_TWO_ARMS),
+        config={
+            **_ON_ALOHA,
+            "demonstrations": 1,
+            "batch": 16,
+            "evaluation": Evaluation(episodes=1),
+        },
+        tuned=_TUNED_ON_LIBERO,
+    ),
+    "cpu": replace(
+        _CPU,
+        policy=replace(_SMALL, **_TWO_ARMS),
+        config={
+            **_ON_ALOHA,
+            "demonstrations": 40,
+            "evaluation": Evaluation(episodes=100, at_once=50),
+        },
+        tuned=_TUNED_ON_LIBERO,
+    ),
+}
+
+
 # --- with images --------------------------------------------------------------------------------
 
 IMAGES = "adamoe-images"
@@ -254,6 +292,7 @@ _SCALES: Mapping[str, Mapping[str, _Scale]] = {
     EXPERIMENT: {"smoke": _SMOKE, "cpu": _CPU, "gpu": _GPU, "paper": _PAPER},
     IMAGES: _IMAGES_SCALES,
     LIBERO: _LIBERO_SCALES,
+    ALOHA: _ALOHA_SCALES,
 }
 
 

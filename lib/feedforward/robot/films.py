@@ -18,7 +18,14 @@ from feedforward.files import atomic_write
 from feedforward.robot.lerobot import encode
 from feedforward.robot.rendering import choose_backend
 from feedforward.robot.rollout import Attempt
-from feedforward.robot.tasks import CONTROL_HZ, Environment, Images, make_environment, scene
+from feedforward.robot.tasks import (
+    CONTROL_HZ,
+    Environment,
+    Images,
+    find_task,
+    make_environment,
+    scene,
+)
 
 # the goal is a ring, so that what lies in it is seen
 _MARKS = {
@@ -65,7 +72,8 @@ def rendered_frames(
 def drawn_frames(attempt: Attempt, *, size: int = 240, every: int = 4) -> np.ndarray:
     """The frames of an attempt drawn from where the robot's parts and the objects are; see `film`.
 
-    The arm is seen from the side and from above, with the objects as dots and the goal as a ring.
+    The arms are seen from the side and from above, with the objects as dots and the goal as a ring,
+    which in ALOHA is where the left gripper is.
     """
     from matplotlib.style import context
 
@@ -78,25 +86,23 @@ def _drawn(attempt: Attempt, size: int, every: int) -> Iterator[np.ndarray]:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    # both twice as wide as high, as the halves of the figure are
-    views = (
-        ("from the side", 1, 2, (-0.3, 1.3), (-0.05, 0.75)),
-        ("from above", 1, 0, (-0.3, 1.3), (0.4, -0.4)),
-    )
     figure = Figure(figsize=(size / 100, size / 100), dpi=100)
     canvas = FigureCanvasAgg(figure)
     axes = figure.subplots(2, 1)
     figure.subplots_adjust(0, 0, 1, 1, 0, 0)
+    task = find_task(attempt.start.task)
+    drawn = task.simulator.environment
     for step, bodies in _again(attempt, every, lambda environment, _: environment.bodies()):
-        here = scene(attempt.states[step])
+        here = scene(attempt.states[step], task.simulator)
         parts = np.stack(list(bodies.values()))
-        for axis, (name, x, y, x_limits, y_limits) in zip(axes, views, strict=True):
+        for axis, (name, x, y, x_limits, y_limits) in zip(axes, drawn.views, strict=True):
             axis.clear()
             axis.set(xlim=x_limits, ylim=y_limits, xticks=[], yticks=[])
-            arm = parts[:-2]
-            axis.plot(arm[:, x], arm[:, y], "-o", color="0.3", linewidth=2, markersize=3)
-            for finger in parts[-2:]:
-                axis.plot(*zip(arm[-1, [x, y]], finger[[x, y]], strict=True), color="0.3")
+            for *arm, left, right in np.split(parts, drawn.arms):
+                arm = np.array(arm)
+                axis.plot(arm[:, x], arm[:, y], "-o", color="0.3", linewidth=2, markersize=3)
+                for finger in (left, right):
+                    axis.plot(*zip(arm[-1, [x, y]], finger[[x, y]], strict=True), color="0.3")
             for mark, look in _MARKS.items():
                 place = getattr(here, mark)
                 if mark != "second" or place.any():

@@ -1,11 +1,12 @@
 """What is common to the simulators of a robot: tasks, environments, and what they show and take.
 
-`feedforward.robot.metaworld` and `feedforward.robot.libero` are two of them;
-`feedforward.robot.tasks` knows the tasks of both by name.
+`feedforward.robot.metaworld`, `feedforward.robot.libero` and `feedforward.robot.aloha` are three of
+them; `feedforward.robot.tasks` knows the tasks of all by name.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from typing import NamedTuple
 
 import numpy as np
 
@@ -28,10 +29,12 @@ class Simulator:
         state_names: By the name of a kind of state what it holds, in order; ``"full"`` has all.
             Positions that every simulator has are ``gripper_x``, ``object_x`` and ``goal_x``, each
             with its y and z, and ``opening``.
-        action_names: What an action holds, in order: three moves first, the gripper last.
+        action_names: What an action holds, in order.
         packages: Whose versions decide how a simulation runs.
         environment: The class of its environments.
         expert: From a task to its scripted policy, see `scripted_expert`.
+        moves: The names of those parts of an action that move an arm from place to place, and that
+            noise is added to in demonstrations.
     """
 
     name: str
@@ -42,6 +45,7 @@ class Simulator:
     packages: tuple[str, ...]
     environment: "type[Environment]"
     expert: "Callable[[Task], Callable[[np.ndarray], np.ndarray]]"
+    moves: tuple[str, ...] = ("x", "y", "z")
 
 
 @dataclass(frozen=True)
@@ -76,7 +80,7 @@ class Task:
         """Numbers of an action, each from -1 to 1.
 
         In Meta-World the move in x, y, z, where 1 is 1 cm, and the gripper's effort, which closes
-        above 0.
+        above 0; in ALOHA joints are sent to places, see `feedforward.robot.aloha.ACTION_NAMES`.
         """
         return len(self.simulator.action_names)
 
@@ -87,8 +91,10 @@ class Images:
 
     Attributes:
         size: Height and width in pixels.
-        cameras: Names in the scene: ``corner``, ``corner2``, ``corner3``, ``corner4``,
-            ``topview``, ``behindGripper``, ``gripperPOV``.
+        cameras: Names in the scene; in Meta-World ``corner``, ``corner2``, ``corner3``,
+            ``corner4``, ``topview``, ``behindGripper``, ``gripperPOV``, in ALOHA ``top``,
+            ``angle``, ``front_close``, ``left_pillar``, ``right_pillar``, ``left_wrist``,
+            ``right_wrist``.
     """
 
     size: int = 84
@@ -117,6 +123,24 @@ class Observation:
     step: int = 0
 
 
+class View(NamedTuple):
+    """How a scene is drawn without a renderer: which axes of it, in metres, and how much of them.
+
+    Attributes:
+        name: In words.
+        across: The axis of the scene, 0 to 2, that goes across the picture.
+        up: The one that goes up.
+        across_limits: What is at the left end and at the right.
+        up_limits: What is below and above.
+    """
+
+    name: str
+    across: int
+    up: int
+    across_limits: tuple[float, float]
+    up_limits: tuple[float, float]
+
+
 class Environment:
     """One task in its simulator; made by `make_environment`.
 
@@ -124,8 +148,15 @@ class Environment:
     where MuJoCo has its scene (`_scene`).
     """
 
-    #: The robot's parts from its foot to its hand, then its two fingers.
+    #: The robot's parts from its foot to its hand, then its two fingers; of each arm in turn.
     body_names: tuple[str, ...] = ()
+    #: How many arms these are of.
+    arms: int = 1
+    #: Two pictures of the scene, each twice as wide as high.
+    views: tuple[View, View] = (
+        View("from the side", 1, 2, (-0.3, 1.3), (-0.05, 0.75)),
+        View("from above", 1, 0, (-0.3, 1.3), (0.4, -0.4)),
+    )
 
     def __init__(self, task: Task, seed: int, images: Images | None, state: str):
         kinds = task.simulator.state_names

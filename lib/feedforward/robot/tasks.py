@@ -1,6 +1,6 @@
 """Manipulation tasks by name, simulated without a display, and what their states say.
 
-The tasks of Meta-World and of LIBERO, with instructions in words. Explained in
+The tasks of Meta-World, of LIBERO and of ALOHA, with instructions in words. Explained in
 ``book/adamoe/01-a-policy-that-flows``.
 """
 
@@ -11,7 +11,7 @@ from functools import cache
 import numpy as np
 
 from feedforward.profiles import unknown
-from feedforward.robot import libero, metaworld
+from feedforward.robot import aloha, libero, metaworld
 from feedforward.robot.metaworld import ACTION_NAMES, CONTROL_HZ, METAWORLD, STATE_NAMES, SUITES
 from feedforward.robot.rendering import choose_backend
 from feedforward.robot.simulation import (
@@ -51,7 +51,7 @@ __all__ = [
 
 @cache
 def _tasks() -> dict[str, Task]:
-    return {task.name: task for task in (*metaworld.tasks(), *libero.TASKS)}
+    return {task.name: task for task in (*metaworld.tasks(), *libero.TASKS, *aloha.TASKS)}
 
 
 def find_task(name: str) -> Task:
@@ -70,7 +70,8 @@ def find_task(name: str) -> Task:
 
 
 def suite(name: str) -> tuple[Task, ...]:
-    """The tasks of a suite: ``"easy"`` (6), ``"hard"`` (12), ``"mt50"``, ``"libero-object"``.
+    """The tasks of a suite: ``"easy"`` (6), ``"hard"`` (12), ``"mt50"``, ``"libero-object"`` (10),
+    ``"aloha"`` (1).
 
     >>> [task.name for task in suite("easy")][:2]
     ['button-press-topdown', 'door-open']
@@ -134,8 +135,8 @@ def make_environment(
     Raises:
         ValueError: When there is no such task, kind of state or camera.
         RendererError: When images are wanted and there is no OpenGL.
-        ImportError: When Meta-World is not installed.
-        DataError: When LIBERO is not installed.
+        ImportError: When Meta-World, or for ALOHA MuJoCo, is not installed.
+        DataError: When LIBERO, or the scene of ALOHA, is not installed.
     """
     task = _found(task)
     return task.simulator.environment(task, seed, images, state)
@@ -144,7 +145,8 @@ def make_environment(
 def scripted_expert(task: Task | str) -> Callable[[np.ndarray], np.ndarray]:
     """The scripted policy of a task: from a full state to an action, each number from -1 to 1.
 
-    Meta-World's own, with small corrections in three tasks; LIBERO's is written here.
+    Meta-World's own, with small corrections in three tasks; those of LIBERO and ALOHA are written
+    here.
     """
     task = _found(task)
     return task.simulator.expert(task)
