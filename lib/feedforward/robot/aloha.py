@@ -1,15 +1,16 @@
 """ALOHA's two arms: the right one picks a cube up and hands it over to the left one.
 
-The stand-in for RoboTwin's two arms, which cannot be simulated without a graphics card. The scene,
-where the cube starts, the control and the test of success are those of the task
-``AlohaTransferCube`` of ``gym-aloha``, after ACT (arXiv 2304.13705). Its package is not run: the
-scene is read out of its files and simulated by MuJoCo itself, so that neither dm_control nor a
-renderer is needed. Instructions and the scripted expert are written here.
+The stand-in for RoboTwin's two arms, whose simulator needs a GPU and downloads. The scene, where
+the cube starts, the control and the test of success are those of the task ``AlohaTransferCube`` of
+``gym-aloha``, after ALOHA (arXiv 2304.13705). Its package is not run: the scene is read out of its
+files and simulated by MuJoCo itself, so that neither dm_control nor a renderer is needed.
+Instructions and the scripted expert are written here.
 
 An attempt is solved, and over, when the left arm's left finger touches the cube while the cube is
 off the table, as there; that the right arm has let go is not asked for. It has 400 steps of 1/50 of
-a second. Actions that tear the arms out of what MuJoCo can compute leave the scene standing as it
-was, and the attempt unsolved.
+a second, as in ALOHA's own code; ``gym-aloha`` takes 300 unless told otherwise. Actions that tear
+at the arms until MuJoCo's accelerations are no longer finite leave the scene standing as it was, and
+the attempt unsolved.
 
 Explained in ``book/adamoe/05-controls-and-verdicts``.
 """
