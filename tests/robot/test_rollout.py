@@ -283,8 +283,8 @@ def test_drawn_films_need_no_renderer(attempt, tmp_path, monkeypatch):
 
 
 def test_an_object_in_its_goal_is_seen(attempt, monkeypatch):
-    def there(state):
-        here = scene(state)
+    def there(state, simulator):
+        here = scene(state, simulator)
         return replace(here, object=here.goal, second=np.zeros(3))
 
     monkeypatch.setattr(films, "scene", there)

@@ -9,7 +9,7 @@ Instructions and the scripted expert are written here.
 An attempt is solved, and over, when the left arm's left finger touches the cube while the cube is
 off the table, as there; that the right arm has let go is not asked for. It has 400 steps of 1/50 of
 a second, as in ALOHA's own code; ``gym-aloha`` takes 300 unless told otherwise. Actions that tear
-at the arms until MuJoCo's accelerations are no longer finite leave the scene standing as it was, and
+at the arms until their accelerations are no longer finite leave the scene standing as it was, and
 the attempt unsolved.
 
 Explained in ``book/adamoe/05-controls-and-verdicts``.
@@ -143,8 +143,8 @@ class _Aloha(Environment):
     )
     arms = 2
     views = (
-        View("from the side", 0, 2, (-0.56, 0.56), (-0.06, 0.5)),
-        View("from above", 0, 1, (-0.56, 0.56), (0.22, 0.78)),
+        View("from the side", 0, 2, (-0.7, 0.7), (-0.06, 0.64)),
+        View("from above", 0, 1, (-0.7, 0.7), (0.15, 0.85)),
     )
 
     def __init__(self, task: Task, seed: int, images: Images | None, state: str):

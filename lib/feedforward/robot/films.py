@@ -43,7 +43,7 @@ def film(
     Args:
         attempt: From ``roll_out``.
         size: Height and width in pixels.
-        camera: That looks, where something renders.
+        camera: That looks, where something renders; ALOHA's has other names, see ``Images``.
         every: Steps from one frame to the next; the last step is always among them.
 
     Raises:
