@@ -249,7 +249,7 @@ _ALOHA_SCALES = {
         policy=replace(_SMALL, **_TWO_ARMS),
         config={
             **_ON_ALOHA,
-            "demonstrations": 40,
+            "demonstrations": 20,
             "evaluation": Evaluation(episodes=100, at_once=50),
         },
         tuned=_TUNED_ON_LIBERO,
@@ -312,6 +312,9 @@ def grid(part: str, profile: str) -> dict[str, RobotConfig]:
     actions carried out, then a new plan. LIBERO's places hardly differ from one start to the next,
     so that five demonstrations a task, with noise, are enough to learn from; 12 attempts at each
     task are what keeps a seed at about half an hour on one core, most of it in the simulator.
+
+    ``adamoe-aloha`` has the same arms at the same profiles on the task of two arms. A plan has 16
+    actions there, a third of a second, and half of them are carried out; noise goes to all joints.
 
     Raises:
         ValueError: When the part or the profile is unknown, or the part has none of that name.
