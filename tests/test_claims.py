@@ -264,6 +264,16 @@ def test_shared_seeds_are_paired():
     assert unpaired.results[0].estimate == pytest.approx(2.0)
 
 
+def test_too_few_runs_are_compared_with_those_of_their_own_seeds():
+    records = arm("a", [12.0]) + arm("b", [10.0, 20.0, 30.0])
+    (result,) = judge(difference(), records).results
+    assert (result.verdict, result.estimate) == ("inconclusive", pytest.approx(2.0))
+    assert math.isnan(result.low)
+    apart = [dataclasses.replace(r, seed=r.seed + 7) for r in records if r.variant == "a"]
+    (result,) = judge(difference(), apart + records[1:]).results
+    assert result.estimate == pytest.approx(-8.0)
+
+
 def test_intervals_are_those_of_the_textbook():
     a, b = np.array([1.2, 2.9, 2.0, 1.1, 3.3]), np.array([0.1, -1.0, 0.7, 0.2, 0.5])
     (result,) = judge(difference(), arm("a", [*a]) + arm("b", [*b])).results

@@ -597,12 +597,17 @@ def _judge(statistic: Statistic, arms: _Arms) -> tuple[str, str, float, float, f
         table = np.array([[sum(g[s] for g in gs.values()) for gs in values] for s in shared])
         mean, parts = table.mean(axis=0), [(_covariance(table), len(shared) - 1)]
     else:
-        shared = []
         fewest = min(map(len, seeds))
         if fewest < LEAST_SEEDS:
             reason = f"{fewest} of the {LEAST_SEEDS} seeds that an interval needs"
+            # seeds differ more than arms do: a run is compared with those of its own seed
+            values = [
+                {arms: {s: group[s] for s in shared or group} for arms, group in groups.items()}
+                for groups in values
+            ]
             estimate = _estimate(statistic, _means(values)) if fewest else math.nan
             return "inconclusive", reason, estimate, math.nan, math.nan
+        shared = []
         mean, parts = _means(values), _independent(values)
     if items := _item_covariance(components, arms, shared, logarithm):
         parts.append(items)
