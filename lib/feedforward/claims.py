@@ -910,7 +910,8 @@ def _result(result: Result) -> str:
         return f"{len(statistic.printed)} numbers, at most {100 * result.estimate:.1f} % apart"
     sign = "+" if statistic.null == 0 else ""
     width = result.high - result.low
-    decimals = max(0, 1 - math.floor(math.log10(width))) if width > 0 else 3
+    # two figures of the width; but rounding errors are not worth a line of zeros
+    decimals = min(5, max(0, 1 - math.floor(math.log10(width)))) if width > 0 else 3
     text = f"{result.estimate:{sign}.{decimals}f}"
     if not math.isnan(width):
         text += f" [{result.low:{sign}.{decimals}f}, {result.high:{sign}.{decimals}f}]"
