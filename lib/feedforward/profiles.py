@@ -101,6 +101,7 @@ EXPERIMENTS = {
     "adamoe-images": "feedforward.robot.experiment",
     "adamoe-libero": "feedforward.robot.experiment",
     "adamoe-aloha": "feedforward.robot.experiment",
+    "adamoe-speed": "feedforward.robot.speed",
 }
 
 

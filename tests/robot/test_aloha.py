@@ -312,7 +312,6 @@ def test_demonstrations_are_collected_and_read_back(environment, tmp_path):
 def test_a_run_is_scored_and_its_attempts_are_drawn(environment, words, monkeypatch):
     assert environment.task is find_task(NAME)
     short = {**tasks._tasks(), NAME: replace(find_task(NAME), max_steps=24)}
-    monkeypatch.setattr(runs, "_latencies", lambda *arguments: {})
     config = grid("adamoe-aloha", "smoke")["adamoe"]
     tuning = replace(config.tuning, training=replace(config.tuning.training, steps=2))
     config = replace(config, parent=replace(config.parent, steps=3), tuning=tuning)

@@ -224,7 +224,6 @@ def test_a_run_is_scored_in_its_own_simulator(made_up, monkeypatch):
 
     monkeypatch.setattr(runs, "token_states", states)
     monkeypatch.setattr(rollout, "token_states", states)
-    monkeypatch.setattr(runs, "_latencies", lambda *arguments: {})
     config = grid("adamoe-libero", "smoke")["adamoe"]
     tuning = replace(config.tuning, training=replace(config.tuning.training, steps=2))
     config = replace(config, parent=replace(config.parent, steps=3), tuning=tuning)

@@ -50,7 +50,7 @@ def policy_cost(policy: PolicyConfig, tuning: Tuning | None = None) -> PolicyCos
     0.31
     """
     with torch.device("meta"):
-        model = FlowPolicy(_config(policy, tuning))
+        model = FlowPolicy(tuned(policy, tuning))
     expert, whole = count(model.action_expert), count(model)
     prefix = count(model.prefix)
     tokens = _WORDS + policy.cameras
@@ -60,7 +60,13 @@ def policy_cost(policy: PolicyConfig, tuning: Tuning | None = None) -> PolicyCos
     )
 
 
-def _config(policy: PolicyConfig, tuning: Tuning | None) -> PolicyConfig:
+def tuned(policy: PolicyConfig, tuning: Tuning | None) -> PolicyConfig:
+    """The sizes of what a dense parent becomes.
+
+    Args:
+        policy: The parent's.
+        tuning: What becomes of it; None for the parent itself.
+    """
     if tuning is None:
         return policy
     if tuning.ffn == "dense":

@@ -516,6 +516,32 @@ class Latency:
     batch: int
 
 
+def planning(
+    policy: FlowPolicy,
+    *,
+    batch: int = 1,
+    steps: int = 10,
+    instruction: str = "put the ring on the peg",
+) -> Callable[[], Tensor]:
+    """A plan to be made again and again, always of the same made-up states and noise.
+
+    Args:
+        policy: Whose plan.
+        batch: Plans made together.
+        steps: Euler steps.
+        instruction: What it is told.
+    """
+    config, generator = policy.config, torch.Generator().manual_seed(0)
+    device = policy.position.device
+    text, real = token_states([instruction])
+    shape = (batch, config.cameras, config.image_width or 0)
+    state = torch.randn(batch, config.state, generator=generator).to(device)
+    images = torch.randn(shape, generator=generator).to(device) if config.cameras else None
+    noise = torch.randn(batch, config.horizon, config.action, generator=generator).to(device)
+    told = text.expand(batch, -1, -1).to(device), real.expand(batch, -1).to(device)
+    return lambda: policy.plan(state, *told, images, steps=steps, noise=noise)
+
+
 def plan_latency(
     policies: Mapping[str, FlowPolicy],
     *,
@@ -526,8 +552,8 @@ def plan_latency(
 ) -> dict[str, Latency]:
     """Time the plans of policies turn and turn about, on one thread of a processor or on a GPU.
 
-    On a processor it is processor time, which other programs hardly touch. What a policy is shown
-    is made up: the work is the same for any state.
+    On a processor it is processor time, which other programs touch by sharing its memory alone.
+    What a policy is shown is made up (`planning`): the work is the same for any state.
 
     Args:
         policies: By name, on one device.
@@ -536,21 +562,13 @@ def plan_latency(
         rounds: Repetitions.
         instruction: What they are told.
     """
-    text, real = token_states([instruction])
     device = next(iter(policies.values())).position.device
-
-    def planning(policy: FlowPolicy) -> Callable[[], object]:
-        config, generator = policy.config, torch.Generator().manual_seed(0)
-        shape = (batch, config.cameras, config.image_width or 0)
-        state = torch.randn(batch, config.state, generator=generator).to(device)
-        images = torch.randn(shape, generator=generator).to(device) if config.cameras else None
-        noise = torch.randn(batch, config.horizon, config.action, generator=generator).to(device)
-        told = text.expand(batch, -1, -1).to(device), real.expand(batch, -1).to(device)
-        return lambda: policy.plan(state, *told, images, steps=steps, noise=noise)
-
     with threads(1):
         timed = interleaved(
-            {name: planning(policy) for name, policy in policies.items()},
+            {
+                name: planning(policy, batch=batch, steps=steps, instruction=instruction)
+                for name, policy in policies.items()
+            },
             device=device,
             rounds=rounds,
             least=min(3, rounds),

@@ -43,7 +43,7 @@ from feedforward.robot.policy import (
     upcycled,
     widened,
 )
-from feedforward.robot.rollout import Rollouts, make_starts, plan_latency, roll_out
+from feedforward.robot.rollout import Rollouts, make_starts, roll_out
 from feedforward.robot.scores import exchanged_phase_information, rerouted, task_information
 from feedforward.robot.tasks import (
     Images,
@@ -236,13 +236,11 @@ def run(
         the rate with Wilson's interval; ``success on long tasks`` and ``success on short tasks``
         split them; ``items`` has those of single attempts. ``first loss`` and ``last loss`` are the
         flow-matching loss before and after the last stage of training, on the same frames, noise
-        and times for all arms of a seed. ``latency`` is the median time of a plan in milliseconds,
-        ``latency ratio`` that over a dense policy timed in turns with it. Of policies with
-        experts: ``load`` gives each layer's share of choices by expert, ``phase information`` and
-        ``task information`` the bits that an expert tells about phase and task, a mean over the
-        layers, with their shuffled counterparts and p, and ``loss with other experts`` is the last
-        loss with each choice handed to the next expert. ``simulator`` has the versions and the
-        renderer.
+        and times for all arms of a seed. Of policies with experts: ``load`` gives each layer's
+        share of choices by expert, ``phase information`` and ``task information`` the bits that an
+        expert tells about phase and task, a mean over the layers, with their shuffled counterparts
+        and p, and ``loss with other experts`` is the last loss with each choice handed to the next
+        expert. ``simulator`` has the versions and the renderer.
 
     Raises:
         DataError: When demonstrations are missing or damaged.
@@ -557,7 +555,6 @@ def _measured(config, training, policy, logs, progress, device) -> Record:
     if config.tuning and config.tuning.ffn != "dense" and config.tuning.experts > 1:
         with rerouted(policy, _to_the_next_expert):
             metrics["loss with other experts"] = training.loss(policy)
-    metrics |= _latencies(config, policy, device)
     if config.tasks:
         rollouts = rollouts_of(config, policy, progress=progress)
         metrics |= _scored(config, rollouts)
@@ -579,19 +576,6 @@ def _measured(config, training, policy, logs, progress, device) -> Record:
 def _to_the_next_expert(routing: Routing) -> Routing:
     """Each choice at its weight, of the expert that comes after the chosen one."""
     return routing._replace(indices=(routing.indices + 1) % routing.logits.shape[-1])
-
-
-def _latencies(config: RobotConfig, policy: FlowPolicy, device: torch.device) -> dict[str, float]:
-    """Of one plan and of many together, beside a dense policy of the parent's sizes."""
-    both = {"own": policy, "dense": FlowPolicy(config.policy).to(device).eval()}
-    metrics = {}
-    for batch, name in ((1, "latency"), (32, "latency at 32")):
-        timed = plan_latency(both, batch=batch, steps=config.evaluation.steps, rounds=10)
-        metrics[name] = timed["own"].median
-        metrics[f"{name}, p95"] = timed["own"].p95
-        ratio = timed["own"].median / timed["dense"].median
-        metrics[name.replace("latency", "latency ratio")] = ratio
-    return metrics
 
 
 def _scored(config: RobotConfig, rollouts: Rollouts) -> dict[str, Any]:
