@@ -12,7 +12,7 @@ import torch
 from feedforward import packages, records
 from feedforward.cli import main
 from feedforward.files import DataError
-from feedforward.robot import aloha, rollout, runs, tasks
+from feedforward.robot import aloha, rendering, rollout, runs, tasks
 from feedforward.robot.aloha import ACTION_NAMES, ALOHA, MAX_STEPS, SCENE, STATE_NAMES
 from feedforward.robot.demos import collect, demonstrate, load_demonstrations
 from feedforward.robot.experiment import ARMS, grid
@@ -158,7 +158,7 @@ def test_a_damaged_scene_is_not_simulated(environment, tmp_path, monkeypatch):
 
 
 def test_without_mujoco_one_line_says_how_to_install_it(monkeypatch):
-    monkeypatch.setattr(aloha, "choose_backend", lambda: "none")
+    monkeypatch.setattr(rendering, "choose_backend", lambda: "none")
     monkeypatch.setitem(sys.modules, "mujoco", None)
     with pytest.raises(ImportError, match=r"pip install 'feedforward\[robot\]'"):
         aloha._mujoco()

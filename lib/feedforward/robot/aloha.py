@@ -22,7 +22,7 @@ from functools import cache
 import numpy as np
 
 from feedforward.packages import PackageFiles
-from feedforward.robot.rendering import Renderer, choose_backend
+from feedforward.robot.rendering import Renderer, loading_simulator
 from feedforward.robot.simulation import Environment, Images, Simulator, Task, View
 
 _INSIDE = "gym_aloha/assets"
@@ -100,13 +100,8 @@ def _model():
 
 
 def _mujoco():
-    choose_backend()
-    try:
+    with loading_simulator():
         import mujoco
-    except ImportError as error:
-        raise ImportError(
-            f"the simulator does not load ({error}): pip install 'feedforward[robot]'"
-        ) from error
     return mujoco
 
 

@@ -14,7 +14,7 @@ from types import MappingProxyType
 
 import numpy as np
 
-from feedforward.robot.rendering import Renderer, choose_backend
+from feedforward.robot.rendering import Renderer, loading_simulator
 from feedforward.robot.simulation import Environment, Images, Simulator, Task
 
 SUITES: Mapping[str, tuple[str, ...]] = MappingProxyType(
@@ -112,14 +112,9 @@ class _MetaWorld(Environment):
 
 
 def _metaworld():
-    choose_backend()
-    try:
+    with loading_simulator():
         import metaworld.env_dict
         import metaworld.policies
-    except ImportError as error:
-        raise ImportError(
-            f"the simulator does not load ({error}): pip install 'feedforward[robot]'"
-        ) from error
     return metaworld
 
 

@@ -10,7 +10,8 @@ import atexit
 import os
 import sys
 import weakref
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from ctypes.util import find_library
 from functools import cache
 from pathlib import Path
@@ -53,6 +54,22 @@ def choose_backend() -> str:
     backend = _best_backend()
     os.environ["MUJOCO_GL"] = "disable" if backend == "none" else backend
     return backend
+
+
+@contextmanager
+def loading_simulator() -> Iterator[None]:
+    """Import a simulator in the block: what draws is settled before it.
+
+    Raises:
+        ImportError: When it does not load; the message says how to install it.
+    """
+    choose_backend()
+    try:
+        yield
+    except ImportError as error:
+        raise ImportError(
+            f"the simulator does not load ({error}): pip install 'feedforward[robot]'"
+        ) from error
 
 
 def _best_backend() -> str:
