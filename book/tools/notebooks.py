@@ -1,6 +1,8 @@
 """The chapters as pairs: NN-name.md (MyST, for review) and NN-name.ipynb (stored outputs)."""
 
+import hashlib
 import re
+from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -121,11 +123,23 @@ def write(notebook: nbformat.NotebookNode, path: Path, fmt: str = "ipynb") -> No
     for cell in notebook.cells:
         if not cell.metadata.get("tags", True):  # papermill leaves empty lists
             del cell.metadata["tags"]
+    _name_cells(notebook)
     text = jupytext.writes(notebook, fmt=fmt)
     if fmt == FORMAT:
         text = re.sub(r"\n *jupytext_version: .*", "", text)
     with atomic_write(path, "w", encoding="utf-8") as file:
         file.write(text)
+
+
+def _name_cells(notebook: nbformat.NotebookNode) -> None:
+    """Name each cell after its text: random names would change with every run."""
+    seen: Counter[str] = Counter()
+    for cell in notebook.cells:
+        if "id" not in cell:  # formats before 4.5 have no names
+            continue
+        name = hashlib.sha256(f"{cell.cell_type} {cell.source}".encode()).hexdigest()[:8]
+        cell.id = f"{name}-{seen[name]}" if seen[name] else name
+        seen[name] += 1
 
 
 def _tags(cell: nbformat.NotebookNode) -> list[str]:

@@ -5,6 +5,7 @@ import re
 import sys
 from pathlib import Path
 
+import nbformat
 import pytest
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -50,6 +51,19 @@ class TestPair:
         text = (ROOT / notebook.stored).read_text()
         assert str(ROOT) not in text
         assert "/home/" not in text
+
+
+def test_cells_keep_their_names(tmp_path):
+    """Random ones would make a difference of every cell, whatever a run changed."""
+
+    def written(*texts):
+        made = nbformat.v4.new_notebook(cells=[nbformat.v4.new_code_cell(text) for text in texts])
+        notebooks.write(made, tmp_path / "made.ipynb")
+        return [cell.id for cell in nbformat.read(tmp_path / "made.ipynb", 4).cells]
+
+    first, second = written("x = 1", "x"), written("x = 1", "y = 2", "x", "x")
+    assert (first[0], first[1]) == (second[0], second[2])
+    assert len(set(second)) == 4
 
 
 @pytest.mark.parametrize(
