@@ -9,6 +9,7 @@ from typing import Annotated, Any, TextIO
 import typer
 from typer.core import TyperCommand
 
+from feedforward.memory import reuse_memory
 from feedforward.profiles import (
     EXPERIMENTS,
     PROFILES,
@@ -118,6 +119,7 @@ def run(
             _show(experiment.plan(profile, [configs[name] for name in grid if name in configs]))
         return
     device = resolve_device(scale.device)
+    reuse_memory()
     for head, job in zip(heads, jobs, strict=True):
         if record and agreed(job.status) == "recorded":
             _say(f"{head}  recorded")

@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feedforward import plotting
+from feedforward.memory import reuse_memory
 from feedforward.profiles import Profile, check_parameters, unknown
 from feedforward.records import Record, describe_device
 from feedforward.training import seed_everything
@@ -77,6 +78,7 @@ def setup(profile: str, seed: int, device: str = "auto") -> Context:
     # a container may offer fewer processors than the machine has
     if hasattr(os, "sched_getaffinity"):
         torch.set_num_threads(min(torch.get_num_threads(), len(os.sched_getaffinity(0))))
+    reuse_memory()
     _quieten()
     seed_everything(seed)
     plotting.style()
