@@ -24,6 +24,7 @@ from feedforward.lm.experiment import (
     loss_spikes,
     measure,
     run,
+    spike_starts,
     trace_routing,
 )
 from feedforward.lm.model import Decoder, DecoderConfig
@@ -582,6 +583,7 @@ def test_every_spike_is_counted_once(seed):
     starts = 60 + 40 * np.arange(rng.integers(1, 7))
     for start in starts:
         losses[start : start + rng.integers(1, 6)] += rng.uniform(0.6, 3)
+    assert spike_starts(losses) == tuple(starts)
     assert loss_spikes(losses) == len(starts)
     assert loss_spikes(losses + 7) == len(starts)  # only differences count
     assert loss_spikes(2 * losses, height=0.5) == len(starts)

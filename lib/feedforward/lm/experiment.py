@@ -507,11 +507,28 @@ def loss_spikes(losses: Sequence[float], *, window: int = 20, height: float = 0.
     >>> loss_spikes([3.0, 2.9, 2.8, 4.0, 3.9, 2.7, 2.6, 3.5, 2.5])
     2
     """
+    return len(spike_starts(losses, window=window, height=height))
+
+
+def spike_starts(
+    losses: Sequence[float], *, window: int = 20, height: float = 0.25
+) -> tuple[int, ...]:
+    """At which points of a training curve the spikes begin that `loss_spikes` counts.
+
+    Args:
+        losses: As in `loss_spikes`.
+        window: As in `loss_spikes`.
+        height: As in `loss_spikes`.
+
+    >>> spike_starts([3.0, 2.9, 2.8, 4.0, 3.9, 2.7, 2.6, 3.5, 2.5])
+    (3, 7)
+    """
     high = [
         bool(i and loss > np.median(losses[max(0, i - window) : i]) + height)
         for i, loss in enumerate(losses)
     ]
-    return sum(now and not earlier for earlier, now in zip([False, *high], high, strict=False))
+    pairs = zip([False, *high], high, strict=False)
+    return tuple(i for i, (earlier, now) in enumerate(pairs) if now and not earlier)
 
 
 def load(routing: Routing) -> Tensor:
