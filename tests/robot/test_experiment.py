@@ -11,7 +11,7 @@ from feedforward import records
 from feedforward.files import DataError, checkout
 from feedforward.profiles import PROFILES, load_experiment
 from feedforward.robot import rollout, runs
-from feedforward.robot.accounting import plan, policy_cost, training_flops
+from feedforward.robot.accounting import least_plan_time, plan, policy_cost, training_flops
 from feedforward.robot.demos import Demonstrations
 from feedforward.robot.experiment import ARMS, grid
 from feedforward.robot.lerobot import Episode, write_dataset
@@ -122,6 +122,22 @@ def test_every_metric_of_the_claims_is_in_the_arms():
     assert names <= grid("adamoe", "cpu").keys()
 
 
+@pytest.mark.parametrize(("robots", "bound"), [(1, "weights"), (10_000, "arithmetic")])
+def test_a_plan_takes_at_least_its_arithmetic_and_its_reading(robots, bound):
+    config = grid("adamoe", "paper")["adamoe"]
+    cost = policy_cost(config.policy, config.tuning)
+    taken = least_plan_time(
+        config.policy, config.tuning, robots=robots, steps=3, peak=1e12, bandwidth=1e10
+    )
+    ways = {
+        "weights": 3 * 2 * cost.expert / 1e10,
+        "arithmetic": 3 * robots * config.policy.horizon * cost.flops / 1e12,
+    }
+    assert taken == pytest.approx(ways[bound]) == pytest.approx(max(ways.values()))
+    with pytest.raises(ValueError, match="robots is 0"):
+        least_plan_time(config.policy, robots=0)
+
+
 def test_another_copy_makes_no_difference():
     """Experts that were not tuned are copies, so that the loss stays what it was."""
     copies = replace(CONFIG, tuning=replace(ADAMOE, training=replace(ADAMOE.training, lr=1e-30)))
@@ -217,6 +233,9 @@ def test_a_folder_in_the_format_trains_without_a_simulator(given, tmp_path, monk
     metrics = run(config, progress=False, device="cpu").metrics
     assert metrics["last loss"] > 0
     assert "success" not in metrics
+    seeing = replace(config.policy, cameras=2, image_width=768)
+    with pytest.raises(DataError, match=r"2 cameras and the demonstrations .* have 0: none"):
+        trained(replace(config, policy=seeing))
 
 
 @pytest.mark.parametrize(

@@ -1,6 +1,7 @@
 """Rollouts: paired, deterministic, stopped at NaN; intervals; what experts tell; films."""
 
 from dataclasses import replace
+from types import SimpleNamespace
 
 import matplotlib
 import numpy as np
@@ -12,7 +13,15 @@ from feedforward.robot import films, rollout
 from feedforward.robot.films import drawn_frames, film, save_gif, save_video
 from feedforward.robot.lerobot import decode
 from feedforward.robot.policy import FlowPolicy, PolicyConfig, upcycled
-from feedforward.robot.rollout import Attempt, Start, make_starts, plan_latency, roll_out
+from feedforward.robot.rollout import (
+    Attempt,
+    Rate,
+    Start,
+    make_starts,
+    plan_latency,
+    recorded_rate,
+    roll_out,
+)
 from feedforward.robot.scores import (
     mutual_information,
     paired_difference,
@@ -320,3 +329,14 @@ def test_thumbnails_are_averages():
 
 def test_starts_have_readable_names():
     assert Start("reach", 3, 0, "go").id == "reach 3"
+
+
+def test_the_recorded_rate_is_over_the_attempts_of_all_records():
+    scores = [{"reach 0": 100, "reach 1": 0, "reach-wall 0": 100}, {"reach 0": 100}]
+    runs = [SimpleNamespace(metrics={"items": {"success": items}}) for items in scores]
+    assert recorded_rate(runs) == Rate.of([True, False, True, True])
+    assert recorded_rate(runs, "reach") == Rate.of([True, False, True])
+    low, high = wilson(3, 4)
+    assert str(recorded_rate(runs)) == f"75.0 [{100 * low:.0f}, {100 * high:.0f}]"
+    with pytest.raises(ValueError, match="no attempt at push"):
+        recorded_rate(runs, "push")

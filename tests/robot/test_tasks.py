@@ -228,6 +228,18 @@ def test_experts_succeed_and_success_stays(drawer):
     assert not drawer.reset(11).success
 
 
+@pytest.mark.slow
+@pytest.mark.parametrize("name", ["easy", "hard"])
+def test_the_experts_of_a_suite_solve_95_percent(name):
+    solved = {}
+    for task in suite(name):
+        environment = make_environment(task)
+        solved[task.name] = [solve(environment, start)[2].success for start in range(8)]
+        environment.close()
+    assert np.mean(list(solved.values())) >= 0.95
+    assert min(map(sum, solved.values())) >= 7, solved
+
+
 def test_experts_need_nothing_but_the_state():
     states, actions, _ = solve(make_environment("window-open"))
     again = scripted_expert("window-open")

@@ -81,6 +81,44 @@ def tuned(policy: PolicyConfig, tuning: Tuning | None) -> PolicyConfig:
     )
 
 
+def least_plan_time(
+    policy: PolicyConfig,
+    tuning: Tuning | None = None,
+    *,
+    robots: int = 1,
+    steps: int = 10,
+    peak: float = 312e12,
+    bandwidth: float = 2.039e12,
+) -> float:
+    """A lower bound on the time of a plan, in seconds: arithmetic at the peak, or one reading of
+    the action expert's weights in each Euler step, whichever takes longer.
+
+    All experts are read, since the tokens of a plan call on all of them, but for a collapsed
+    router, whose others stay idle; two bytes a weight. The prefix, which is computed once, and
+    whatever starting a kernel takes come on top. Explained in
+    ``book/adamoe/05-controls-and-verdicts``.
+
+    Args:
+        policy: The dense parent.
+        tuning: What becomes of it; None for the parent itself.
+        robots: Planned for together.
+        steps: Euler steps.
+        peak: FLOP/s; by default those of an A100 in bf16.
+        bandwidth: Bytes a second of the memory; by default those of an A100 with 80 GB.
+
+    Raises:
+        ValueError: When a number is not positive.
+    """
+    given = {"robots": robots, "steps": steps, "peak": peak, "bandwidth": bandwidth}
+    for name, value in given.items():
+        if value <= 0:
+            raise ValueError(f"{name} is {value}; it must be positive")
+    cost = policy_cost(policy, tuning)
+    idle = tuning is not None and tuning.ffn == "collapsed"
+    read = 2 * (cost.active_expert if idle else cost.expert) / bandwidth
+    return steps * max(robots * policy.horizon * cost.flops / peak, read)
+
+
 def training_flops(config: RobotConfig) -> int:
     """The FLOPs of the parent's training and of the tuning."""
     total = config.parent.steps * policy_cost(config.policy).training_flops
@@ -124,6 +162,9 @@ def plan(profile: str, configs: Iterable[RobotConfig]) -> Plan:
                 f"{attempts:,}" if attempts else "-",
             ]
         )
+        if profile == "paper":
+            times = (least_plan_time(config.policy, config.tuning, robots=n) for n in (1, 32))
+            rows[-1] += [f"{1e3 * time:.1f}" for time in times]
     parents = {(config.policy, config.parent, config.tasks) for config in configs}
     notes = [
         "M: parameters of the policy, of its action expert, and of that those that a token uses, "
@@ -141,5 +182,11 @@ def plan(profile: str, configs: Iterable[RobotConfig]) -> Plan:
             "data/robot is a data set in the LeRobot format v3.0, for instance a download of "
             "LIBERO's; it gives losses, and success needs LIBERO's own simulator."
         )
-    columns = ("run", "M", "M expert", "M active", "MFLOP", "steps", "FLOPs", "GiB", "attempts")
-    return Plan(columns, rows, notes, commands)
+    columns = ["run", "M", "M expert", "M active", "MFLOP", "steps", "FLOPs", "GiB", "attempts"]
+    if profile == "paper":
+        columns += ["ms a plan", "for 32"]
+        notes.append(
+            "ms a plan: at least, on an A100 in bf16, for one robot and for 32 together; the "
+            "arithmetic or the reading of weights, whichever takes longer."
+        )
+    return Plan(tuple(columns), rows, notes, commands)

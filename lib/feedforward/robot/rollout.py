@@ -23,6 +23,7 @@ from tqdm import tqdm
 
 from feedforward.encoders import token_states
 from feedforward.layers.experts import collect_routing
+from feedforward.records import Record
 from feedforward.robot.policy import FlowPolicy
 from feedforward.robot.scores import wilson
 from feedforward.robot.tasks import Images, Observation, Task, find_task, make_environment
@@ -150,6 +151,33 @@ class Rate:
         """Of the outcomes of some attempts."""
         low, high = wilson(sum(outcomes), len(outcomes))
         return cls(100 * sum(outcomes) / len(outcomes), 100 * low, 100 * high, len(outcomes))
+
+    def __str__(self) -> str:
+        return f"{self.success:.1f} [{self.low:.0f}, {self.high:.0f}]"
+
+
+def recorded_rate(records: Iterable[Record], task: str | None = None) -> Rate:
+    """The success rate over the attempts of some records, as if all were independent.
+
+    Runs of other seeds are tried from the same start states, so that the interval is of attempts
+    and not of trainings: differences between policies are for ``feedforward.claims.compare``.
+
+    Args:
+        records: Of runs that were tried.
+        task: Attempts at this one alone; None for all.
+
+    Raises:
+        ValueError: When there is no attempt at it.
+    """
+    outcomes = [
+        solved > 0
+        for record in records
+        for start, solved in record.metrics["items"]["success"].items()
+        if task is None or start.rpartition(" ")[0] == task
+    ]
+    if not outcomes:
+        raise ValueError(f"these records hold no attempt{f' at {task}' if task else ''}")
+    return Rate.of(outcomes)
 
 
 @dataclass(frozen=True, eq=False)

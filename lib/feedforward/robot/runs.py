@@ -368,8 +368,15 @@ class _Batches:
     """Chunks of demonstrations with the token states of a wording of each instruction."""
 
     def __init__(self, config: RobotConfig, data: Demonstrations):
-        also = None
-        if config.policy.cameras:
+        also, cameras = None, config.policy.cameras
+        if cameras and len(data.images) != cameras:
+            raise DataError(
+                f"the policy of {config.variant} sees through {cameras} cameras and the "
+                f"demonstrations ({config.source}) have {len(data.images)}: "
+                f"{', '.join(data.images) or 'none'}. Give a data set with as many, or a policy "
+                "for as many cameras."
+            )
+        if cameras:
             also = {"images": frame_features(data.images, len(data))}
         self.chunks = Chunks(
             data, batch=config.batch, horizon=config.policy.horizon, seed=config.seed, also=also
