@@ -12,7 +12,7 @@ from feedforward.records import Provenance, Record
 HERE = Provenance.here(seconds=1.0)
 
 
-def judged(a, b, *, band=(0.0, math.inf), unit="points", kind="difference"):
+def judged(a, b, *, band=(0.0, math.inf), unit="points", kind="difference", **others):
     """The verdict on two arms, each a list over seeds of scores over the same items."""
     records = [
         Record(
@@ -32,7 +32,10 @@ def judged(a, b, *, band=(0.0, math.inf), unit="points", kind="difference"):
         for seed, scores in enumerate(runs)
     ]
     statistic = Statistic(
-        kind, "demo", band, variant=("a",), reference=("b",), metric="score", unit=unit
+        kind,
+        "demo",
+        band,
+        **{"variant": ("a",), "reference": ("b",), "metric": "score", "unit": unit, **others},
     )
     claim = Claim(
         id="demo-1",
@@ -116,3 +119,12 @@ class TestWouldDecide:
     def test_equal_arms_need_another_test(self):
         same = self.noisy(3, 20)
         assert "equal in every run" in would_decide(judged(same, same))
+
+    def test_a_value_is_told_from_the_end_of_its_band(self):
+        runs = [[50.0, 50.0], [60.0, 60.0], [40.0, 40.0]]
+        options = {"kind": "value", "reference": (), "against": 45.0, "band": (45.0, math.inf)}
+        verdict = judged(runs, [], **options)
+        assert verdict.verdict == "inconclusive"
+        assert would_decide(verdict) == f"to tell 50 from 45: {needed(10, 5)} seeds"
+        alike = judged([[50.0, 50.0]] * 3, [], **(options | {"band": (50.0, math.inf)}))
+        assert would_decide(alike).startswith("other seeds")

@@ -96,12 +96,13 @@ def items_needed(
 def would_decide(verdict: Verdict, *, items: str = "questions", power: float = 0.8) -> str:
     """What an inconclusive claim lacks, in one clause, judged by the records that it has.
 
-    The gain to be proven is the least that the claim asks for, where that is above nothing; else
-    one point of what is measured in points, or as much as was found. Two or three runs give rough
-    standard deviations, so the numbers are orders of magnitude.
+    The gain to be proven is how far the nearer end of the claim's band lies from nothing, where it
+    does; else one point of what is measured in points, or as much as was found. Two or three runs
+    give rough standard deviations, so the numbers are orders of magnitude.
 
     Args:
-        verdict: Of the claim; the statistic that decides it compares two arms.
+        verdict: Of the claim; the statistic that decides it compares two arms, or an arm with the
+            band.
         items: What the arms are scored on.
         power: Probability to prove a gain that is there.
 
@@ -113,6 +114,8 @@ def would_decide(verdict: Verdict, *, items: str = "questions", power: float = 0
     result = verdict.weakest
     if math.isnan(result.low):
         return result.reason
+    if result.statistic.kind == "value":
+        return _beside_the_band(result, power)
     if not (result.statistic.variant and result.statistic.reference):
         return "more seeds: the statistic is no difference of two arms"
     runs, over_runs, over_items, count = _luck(result)
@@ -131,6 +134,17 @@ def would_decide(verdict: Verdict, *, items: str = "questions", power: float = 0
         half = [needed(math.sqrt(2) * x, gain, power=power) for x in (over_runs, over_items)]
         ways.append(f"{half[0]:,} seeds and {half[1]:,} {items}")
     return f"to prove {gain:.2g}: {', or '.join(ways)}"
+
+
+def _beside_the_band(result: Result, power: float) -> str:
+    """How many seeds tell a mean from the nearest end of the band, if it stays where it is."""
+    values = [record.metrics[result.statistic.metric] for record in result.records]
+    end = min(result.statistic.band, key=lambda end: abs(end - result.estimate))
+    gap, spread = end - result.estimate, float(np.std(values, ddof=1))
+    if not gap or not spread:
+        return "other seeds: these are all alike, or on the end of the band"
+    seeds = max(needed(spread, gap, power=power), len(values) + 1)
+    return f"to tell {result.estimate:.2g} from {end:g}: {seeds:,} seeds"
 
 
 def _both(level: float, power: float) -> float:

@@ -1,7 +1,9 @@
 import random
 import shutil
+import sqlite3
 import sys
 import types
+from contextlib import closing
 from dataclasses import dataclass
 
 import numpy as np
@@ -163,6 +165,24 @@ def test_an_engine_that_dies_goes_on_where_it_was(cache):
     short.translate = lambda sentences: sentences[1:]
     with pytest.raises(EngineError, match="1 translations of 2 sentences"):
         run(short, cache, text=text, places=())
+
+
+@pytest.mark.parametrize("broken", [None, 7, b"one", ["one"], "\ud83d"], ids=repr)
+def test_what_is_no_text_is_named_and_not_kept(cache, broken):
+    engine, text = Words(str.upper), "One stands here. Two stands there."
+    engine.translate = lambda sentences: [broken] * len(sentences)
+    with pytest.raises(EngineError, match="in the place of a translation"):
+        run(engine, cache, text=text, places=())
+    assert run(Words(str.upper), cache, text=text, places=()).text.text == text.upper()
+
+
+def test_a_translation_without_text_that_was_stored_is_asked_for_again(cache):
+    run(Words(str.upper), cache, text="One stands here.", places=())
+    with closing(sqlite3.connect(cache.path)) as connection, connection:
+        connection.execute("UPDATE sentences SET translation = NULL")
+    again = Words(str.upper)
+    done = run(again, cache, text="One stands here.", places=())
+    assert (done.text.text, len(again.asked)) == ("ONE STANDS HERE.", 1)
 
 
 def test_a_damaged_cache_is_named(cache):

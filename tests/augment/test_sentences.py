@@ -1,5 +1,6 @@
 import itertools
 import random
+import time
 
 import pytest
 
@@ -50,6 +51,15 @@ def test_long_sentences_are_parted_after_a_pause():
     assert [len(p.split()) for p in sentences(whole, keep=[(0, len(whole))])] == [250]
     kept = [(whole.index("w60"), whole.index("w130") + 4)]
     assert [len(p.split()) for p in sentences(whole, keep=kept)] == [60, 100, 90]
+
+
+@pytest.mark.parametrize(
+    "run", ["." * 50_000, "?!" * 25_000, "。" * 50_000], ids=["dots", "asks", "wide"]
+)
+def test_a_long_run_of_ends_is_read_once(run):
+    began = time.process_time()
+    assert sentences(f"He came{run} She left.")[-1].endswith("She left.")
+    assert time.process_time() - began < 2
 
 
 def test_random_texts_lose_nothing():

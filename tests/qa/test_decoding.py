@@ -212,11 +212,20 @@ def test_spans_are_exact_stretches_without_white_space_around(bytelevel):
         assert span.text == span.text.strip()
 
 
-def test_an_accent_stays_with_its_letter(wordpiece):
-    context = "the cafe\u0301 wrote"
+@pytest.mark.parametrize(
+    "word",
+    [
+        "cafe\u0301",
+        "\u0939\u093f\u0928\u094d\u0926\u0941",  # hindu, in Devanagari: ends in a vowel sign
+        "\u0e17\u0e35\u0e48",  # thi, in Thai
+        "\u2764\ufe0f",  # a heart, in colour
+    ],
+)
+def test_a_mark_stays_with_its_letter(wordpiece, word):
+    context = f"the {word} wrote"
     features = one(wordpiece, context)
     start, end = peaks(features, (0, 1, int(features.size[0]) - 2, 5))
-    assert best_answers(features, start, end) == {"q": "cafe\u0301"}
+    assert best_answers(features, start, end) == {"q": word}
 
 
 def test_a_context_without_tokens_has_no_answer(wordpiece):

@@ -8,6 +8,7 @@ import types
 
 import pytest
 
+from feedforward.augment.sentences import split_sentences
 from feedforward.qa import embedded
 from feedforward.qa.data import SPLITS, DataError, load_questions, problems_of
 from feedforward.qa.embedded import bible, countries, files, glosses, plays, reports, wikipedia
@@ -69,6 +70,21 @@ def test_training_and_validation_share_no_passage(made):
         train = {question.context for question in pooled(made, f"{place}_train")}
         held_out = {question.context for question in pooled(made, f"{place}_val")}
         assert not train & held_out
+
+
+def test_no_answer_of_validation_stands_in_a_passage_of_training(made):
+    """Nor in one of the other set that is made of the same articles."""
+
+    def sentences(context):
+        return {context[a:b] for a, b in split_sentences(context) if b - a > 40}
+
+    trained = set().union(*(sentences(q.context) for q in pooled(made, "indomain_train")))
+    for domain in ("wiki", "report"):
+        for question in made["indomain_val"][domain]:
+            spans = split_sentences(question.context)
+            at = question.answers[0].start
+            own = {question.context[a:b] for a, b in spans if a <= at < b and b - a > 40}
+            assert not own & trained, question.id
 
 
 def test_no_question_holds_its_answer(made):

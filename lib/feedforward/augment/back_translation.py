@@ -257,7 +257,9 @@ class TranslationCache:
     def _translate(self, connection, engine: Engine, sentences: Sequence[str]) -> dict[str, str]:
         wanted = dict.fromkeys(sentences)
         stored = connection.execute(
-            "SELECT sentence, translation FROM sentences WHERE engine = ?", (engine.name,)
+            "SELECT sentence, translation FROM sentences "
+            "WHERE engine = ? AND typeof(translation) = 'text'",
+            (engine.name,),
         )
         known = {sentence: text for sentence, text in stored if sentence in wanted}
         missing = [sentence for sentence in wanted if sentence not in known]
@@ -270,6 +272,9 @@ class TranslationCache:
                 raise EngineError(f"{where}: {error}. Run again to go on.") from error
             if len(texts) != len(batch):
                 raise EngineError(f"{where}: {len(texts)} translations of {len(batch)} sentences")
+            for text in texts:
+                if not _storable(text):
+                    raise EngineError(f"{where}: {text!r} in the place of a translation")
             rows = list(zip(batch, texts, strict=True))
             with connection:  # one transaction
                 connection.executemany(
@@ -278,6 +283,17 @@ class TranslationCache:
                 )
             known.update(rows)
         return known
+
+
+def _storable(text: object) -> bool:
+    """Whether it is a text that can be written down: half of a pair of surrogates cannot."""
+    if not isinstance(text, str):
+        return False
+    try:
+        text.encode()
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
 # --- the augmenter -------------------------------------------------------------------------------

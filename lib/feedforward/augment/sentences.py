@@ -15,7 +15,10 @@ _TITLES = """
 """
 _ABBREVIATIONS = frozenset(_TITLES.split())
 _LINE = re.compile(r"[\n\r\v\f\x85\u2028\u2029]+")
-_END = re.compile(r"""[.!?…]+["'”’»)\]]*(?=\s+["'“‘«(\[¿¡]*(\S))|[。！？]+["'”’」』）]*""")
+# possessive, and only at the first of a run: else fifty thousand dots are tried from each of them
+_END = re.compile(
+    r"""(?<![.!?…])[.!?…]++["'”’»)\]]*(?=\s+["'“‘«(\[¿¡]*(\S))|(?<![。！？])[。！？]++["'”’」』）]*"""
+)
 _LAST_WORD = re.compile(r"([^\W\d_](?:[^\W\d_]|\.(?=[^\W\d_]))*)$")
 
 

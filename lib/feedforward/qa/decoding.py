@@ -238,8 +238,9 @@ def _top(values: np.ndarray, count: int) -> np.ndarray:
 
 
 def _span(context: str, start: int, end: int, score: float) -> Span:
-    # many tokenizers drop the accents that follow their letter as characters of their own
-    while end < len(context) and unicodedata.combining(context[end]):
+    # many tokenizers drop the marks that follow their letter as characters of their own: accents,
+    # vowel signs, the choice of an emoji's form
+    while end < len(context) and unicodedata.category(context[end]) in ("Mn", "Me"):
         end += 1
     text = context[start:end]
     start += len(text) - len(text.lstrip())  # some count the space to the word

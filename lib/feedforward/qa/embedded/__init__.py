@@ -19,7 +19,8 @@ exam     out    pages of Shakespeare's plays   gaps and "according to the passag
 They are *like* the sets of RobustQA in these respects and in their sizes, and no more. Every
 passage of wiki, report, relation, plots and exam is the text of its source with white space
 normalised; those of search are composed. Every answer is a stretch of its passage. Training and
-validation share no article, pair of countries, dictionary entry, book or play.
+validation share no article, pair of countries, dictionary entry, book or play, wiki and report
+together.
 
 Whatever is drawn is drawn by the SHA-256 of its text, so that the data are the same on every
 machine; their own checksum stands in the registry. They are built once and kept in the cache.
@@ -38,6 +39,7 @@ from types import MappingProxyType
 
 from filelock import FileLock
 
+from feedforward.augment.sentences import split_sentences
 from feedforward.files import atomic_write, cache_directory
 from feedforward.qa.data import SPLITS, Answer, DataError, Question
 from feedforward.qa.embedded import bible, countries, files, glosses, plays, reports, wikipedia
@@ -46,6 +48,9 @@ from feedforward.qa.embedded.draft import Draft, ordered, take
 
 INDOMAIN = ("wiki", "report", "search")
 OUTDOMAIN = ("relation", "plots", "exam")
+# sets made from the same sources, of which none may be in the training of one and the validation
+# of the other
+_SAME_SOURCES = (("wiki", "report"),)
 # set -> questions for training and validation, the largest share of one kind, questions a passage
 _SIZES = {
     "wiki": (2000, 300, 0.5, 5),
@@ -125,9 +130,17 @@ def _question(row: list, domain: str, contexts: list[str]) -> Question:
 def build() -> bytes:
     """Make all sets from their sources: the content of the stored file, the same everywhere."""
     splits: dict[str, dict] = {split: {} for split in SPLITS}
-    for domain, drafts in _drafts().items():
+    made = _drafts()
+    groups = {domain: group for group in _SAME_SOURCES for domain in group}
+    for domain, drafts in made.items():
         train, validation, a_kind, a_context = _SIZES[domain]
-        held_out = _held_out(drafts, validation / (train + validation))
+        group = groups.get(domain, (domain,))
+        together = [draft for each in group for draft in made[each]]
+        share = max(v / (t + v) for t, v, *_ in map(_SIZES.get, group))
+        held_out = _held_out(together, share)
+        if len(group) > 1:
+            told = _sentences(it.context for it in together if it.source not in held_out)
+            drafts = [it for it in drafts if it.source not in held_out or not _told(it, told)]
         place = "indomain" if domain in INDOMAIN else "oodomain"
         for part, count in (("train", train), ("val", validation)):
             own = [it for it in drafts if (it.source in held_out) == (part == "val")]
@@ -168,6 +181,23 @@ def _held_out(drafts: Iterable[Draft], share: float) -> frozenset[str]:
             chosen.append(source)
             wanted -= sizes[source]
     return frozenset(chosen)
+
+
+def _sentences(contexts: Iterable[str]) -> frozenset[str]:
+    """The sentences of some passages, but for those of a few words."""
+    return frozenset(
+        context[start:end]
+        for context in set(contexts)
+        for start, end in split_sentences(context)
+        if end - start > 40
+    )
+
+
+def _told(draft: Draft, sentences: frozenset[str]) -> bool:
+    """Whether the sentence of the answer is among these: some articles repeat others."""
+    spans = split_sentences(draft.context)
+    start, end = next(span for span in reversed(spans) if span[0] <= draft.start)
+    return draft.context[start:end] in sentences
 
 
 def _rows(drafts: Iterable[Draft], domain: str) -> dict[str, list]:

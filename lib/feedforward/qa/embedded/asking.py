@@ -297,8 +297,9 @@ def _phrase(text: str, most: int) -> str | None:
     phrase = (text[: cut.start()] if cut else text).strip().rstrip('.!?"” ')
     words = phrase.split()
     while len(words) > most:  # a shorter question, up to a preposition
-        ends = [n for n in range(3, most + 1) if words[n].lower() in _PREPOSITIONS]
-        if not ends:
+        ends = [n for n in range(3, most + 1) if words[n].lower() in _PREPOSITIONS - {"of"}]
+        # "in a state [of rebellion]", "the first to get a prize [in sciences]"
+        if not ends or re.search(r"\b(?:first|last|only|\w+est)\b", phrase):
             return None
         words, cut = words[: ends[-1]], None
     last = words[-1].lower() if words else ""
@@ -369,7 +370,8 @@ def _rules(pasts: str, presents: str):
             (
                 "when",
                 opening + rf"{some}(was|were|{pasts})\b((?: [\w’'-]+){{0,8}}?) (?:in|on)"
-                rf" ({_DATE})(?=[,.;]| and | by | with | to | as )",
+                # a second number makes it "1943 and 1944"
+                rf" ({_DATE})(?=[,.;]| and (?!\d)| by | with | to (?!\d)| as )",
                 _when_last,
             ),
             (
@@ -570,6 +572,8 @@ def _what(asker: Asker, it: re.Match) -> _Made:
     if asker.has_verb(subject) or thing.split()[-1] in ("two", "three", "four", "impossible"):
         return None
     behind = it.string[it.end() :]
+    if behind.startswith(" to "):
+        return None  # "a tendency to tip backwards"
     if behind.startswith(" and ") and not _JOINED.match(behind[5:]):
         return None
     if re.match(", [A-Z]", behind) or (behind.startswith(",") and _ADJECTIVE.search(thing)):
@@ -661,6 +665,8 @@ def _who_what(asker: Asker, it: re.Match) -> _Made:
             return None
         if first != "the" and not asker.past(first):
             return None
+        if first == "the" and re.match(r" ?and (?:the|an?)\b", it[3][len(phrase) + 1 :]):
+            return None  # "the oldest are the University of X [and the cathedral]"
         if asker.has_verb(phrase.partition(" ")[2]) or first in ("composed", "divided", "entered"):
             return None
     elif verb in ("has", "have", "had"):

@@ -17,8 +17,9 @@ _OFFICE = re.compile(
     rf" )?{NAME})?)(?=[,.;])"
 )
 _HOW_MANY = re.compile(
-    rf"(?<![\d.,$£€-])(?<!or )(?<!top )(?<!next )(?<!last )\b({NUMBER}) ((?:[a-z][a-z-]+"
-    rf" ){{0,2}}?[a-z]{{3,}}(?:s|men|people|children))"
+    # "between 27 and 33 atoms", "11 to 25 symbols"
+    rf"(?<![\d.,$£€-])(?<!or )(?<!to )(?<!and )(?<!top )(?<!next )(?<!last )\b({NUMBER}) "
+    r"((?:[a-z][a-z-]+ ){0,2}?[a-z]{3,}(?:s|men|people|children))"
     r"(?=[,.;)]| in | of | from | on | at | by | for | with | and | who | that | were | are |"
     r" had | have )"
 )
@@ -32,7 +33,9 @@ _UNITS = word_set(
     "meters yards tons tonnes barrels hectares others ones series various years' does as thus"
     " plus cases ways types parts kinds forms"
 )
-_NO_KIND = re.compile(r"^(?:with|the|were|was|and|of|in|other|or|more|such|to|that)\b| \w+ed\b")
+_NO_KIND = re.compile(
+    r"^(?:dozen|with|the|were|was|and|of|in|other|or|more|such|to|that)\b| \w+ed\b"
+)
 
 _MENTIONS = {
     "how many": (
