@@ -372,3 +372,25 @@ def test_claims_read_what_the_runs_give():
                 assert statistic.null == 1.0
                 for arm in statistic.arms:
                     assert isinstance(numbers[arm][statistic.metric], float)
+
+
+@pytest.mark.parametrize("name", ["premerged-32", "wide-structured", "wide-structured-l"])
+def test_decoding_of_the_gpu_runs_tiny(name):
+    """The same code in bfloat16, with a model of its kind that a processor can time."""
+    config = grid("structured-ffn-speed", "gpu")[name]
+    small = {"width": 64, "layers": 2, "vocabulary": 256, "context": 32, "head_width": 16}
+    small |= {"heads": 4, "kv_heads": 4 if name == "premerged-32" else 1}
+    small["hidden"] = None if name == "premerged-32" else 304
+    config = dataclasses.replace(
+        config,
+        model=dataclasses.replace(config.model, **small, rank=16),
+        reference=dataclasses.replace(config.reference, **small),
+        prompt=min(config.prompt, 8),
+        length=4,
+        batches=(1, 2),
+        at=config.at and 2,
+        rounds=3,
+    )
+    metrics = run(config, progress=False, device="cpu").metrics
+    assert config.dtype == "bfloat16"
+    assert metrics[f"speed of decoding over {config.against}"] > 0

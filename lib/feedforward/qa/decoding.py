@@ -55,7 +55,9 @@ def decode(
         max_tokens: Tokens of a span at most.
         normalize: Compare the spans of different windows by log probability, a softmax over each
             window's context and its [CLS] (where readers put windows without an answer), as the
-            question answering pipeline of transformers did. False compares by the sum of logits,
+            question answering pipeline of transformers 4 did; with its ``align_to_words=False`` it
+            gives the same answers. By default it widened them to whole words and added up those
+            that then had the same text. False compares by the sum of logits,
             as the scripts of SQuAD do.
 
     Returns:
