@@ -29,12 +29,11 @@ def executed(notebook):
 
 
 def planned_records(wildcards):
-    seeds = profiles.get_profile(PROFILE).seeds
     return [
         f"results/{name}/{PROFILE}/{variant}-s{seed}.json"
         for name in profiles.experiments_of(PART)
         for variant in profiles.load_experiment(name).grid(name, PROFILE)
-        for seed in seeds
+        for seed in profiles.seeds_of(name, PROFILE)
     ]
 
 

@@ -12,6 +12,7 @@ from feedforward.profiles import (
     get_profile,
     load_experiment,
     resolve_device,
+    seeds_of,
 )
 
 
@@ -20,6 +21,11 @@ def test_the_four_profiles():
     assert [p.name for p in PROFILES.values() if not p.evidence] == ["smoke"]
     assert all(get_profile(name).name == name for name in PROFILES)
     assert all(len(PROFILES[name].seeds) >= 3 for name in ("cpu", "gpu"))
+    assert all(
+        len(seeds_of(part, name)) >= len(PROFILES[name].seeds)
+        for part in EXPERIMENTS
+        for name in PROFILES
+    )
 
 
 @pytest.mark.parametrize(

@@ -17,6 +17,7 @@ from feedforward.profiles import (
     get_profile,
     load_experiment,
     resolve_device,
+    seeds_of,
     unknown,
 )
 from feedforward.records import (
@@ -87,7 +88,9 @@ def run(
     profile: ProfileName = "smoke",
     seeds: Annotated[
         list[int] | None,
-        typer.Option(help="One or more; the profile's if not given.", min=0, max=LARGEST_SEED),
+        typer.Option(
+            help="One or more; the experiment's own if not given.", min=0, max=LARGEST_SEED
+        ),
     ] = None,
     variants: Annotated[
         list[str] | None, typer.Option(help="One or more; all if not given.")
@@ -109,7 +112,7 @@ def run(
         raise ValueError(f"profile {profile!r} is never evidence: record one of {', '.join(kept)}")
     experiment = load_experiment(part)
     grid = experiment.grid(part, profile)
-    jobs = _shard(_jobs(grid, profile, seeds or scale.seeds, variants), shard)
+    jobs = _shard(_jobs(grid, profile, seeds or seeds_of(part, profile), variants), shard)
     heads = [f"[{number}/{len(jobs)}] {job.name}" for number, job in enumerate(jobs, start=1)]
     if dry_run:
         for head, job in zip(heads, jobs, strict=True):
@@ -156,7 +159,7 @@ def list_(
                     raise
                 continue  # no part has a setting for every profile
             found = {record.seed for record in load_records(each, profile=name)}
-            seeds = sorted(found.union(PROFILES[name].seeds))
+            seeds = sorted(found.union(seeds_of(each, name)))
             for variant in grid:
                 jobs = _jobs(grid, name, seeds, [variant])
                 rows.append((each, name, variant, *(_seeds(jobs, status) for status in STATUSES)))

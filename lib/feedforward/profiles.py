@@ -105,6 +105,23 @@ EXPERIMENTS = {
 }
 
 
+# where an experiment has other seeds than its profile: what it compares differs by less
+_MORE_SEEDS = {("structured-ffn-images", "cpu"): 5, ("adamoe", "cpu"): 5, ("robust-qa", "gpu"): 5}
+
+
+def seeds_of(experiment: str, profile: str) -> tuple[int, ...]:
+    """The seeds that an experiment is run with at a profile where none are given.
+
+    >>> seeds_of("adamoe", "smoke"), seeds_of("adamoe", "cpu")
+    ((0,), (0, 1, 2, 3, 4))
+
+    Raises:
+        ValueError: if there is no such profile, with the nearest name.
+    """
+    more = _MORE_SEEDS.get((experiment, profile))
+    return get_profile(profile).seeds if more is None else tuple(range(more))
+
+
 def experiments_of(part: str) -> list[str]:
     """The experiments behind a part of the book: its own, and those whose names begin with it.
 
