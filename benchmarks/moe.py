@@ -13,7 +13,6 @@ out fresh pages; ``--keep-memory`` lets the allocator keep what is freed.
 """
 
 import argparse
-import ctypes
 import json
 import platform
 import statistics
@@ -31,6 +30,7 @@ from transformers.models.mixtral.modeling_mixtral import MixtralExperts, Mixtral
 from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 from feedforward import MoE, TopKRouter
+from feedforward.memory import reuse_memory
 from feedforward.timing import PASSES, interleaved
 
 # name -> at most this many times the peer's time, for a cell that the bar speaks about
@@ -143,15 +143,6 @@ def compare(entries: dict[str, tuple], step: Callable, seconds: float, device: s
     return {name: statistics.median(values) for name, values in times.items()} | {"rounds": rounds}
 
 
-def keep_freed_memory() -> None:
-    """Tell glibc to hand freed memory out again instead of returning it to the kernel."""
-    libc = ctypes.CDLL("libc.so.6")
-    trim_threshold, top_pad, mmap_max = -1, -2, -4  # M_... of malloc.h
-    ok = libc.mallopt(mmap_max, 0) and libc.mallopt(trim_threshold, 2**31 - 1)
-    if not (ok and libc.mallopt(top_pad, 64 << 20)):
-        raise OSError("this C library does not take mallopt's settings; run without --keep-memory")
-
-
 def processor() -> str:
     if Path("/proc/cpuinfo").is_file():
         for line in Path("/proc/cpuinfo").read_text().splitlines():
@@ -182,8 +173,8 @@ def parse(argv: list[str] | None) -> argparse.Namespace:
 def main(argv: list[str] | None = None) -> int:
     args = parse(argv)
     torch.set_num_threads(args.threads)
-    if args.keep_memory:
-        keep_freed_memory()
+    if args.keep_memory and not reuse_memory():
+        raise OSError("this C library does not take mallopt's settings; run without --keep-memory")
     device = processor() if args.device == "cpu" else torch.cuda.get_device_name(args.device)
     setting = {
         "device": device,
