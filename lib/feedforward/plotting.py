@@ -67,8 +67,8 @@ ARMS = {
 }
 
 # What was done to an arm, in the words of a variant's name -> the dash of its line; of several the
-# last counts. What places a run on an axis (-w64, -xl, -lr0.016, -overtrained) and the usual 32 %
-# leave the line as it is.
+# last counts. What places a run on an axis (-w64, -fp32, -xl, -lr0.016, -overtrained) and the usual
+# 32 % leave the line as it is.
 _DASHES: dict[str, Any] = {
     "63": "--",
     "small": "--",
@@ -76,7 +76,6 @@ _DASHES: dict[str, Any] = {
     "matched": "--",
     "guided": "-.",
     "equal-flops": ":",
-    "halfguided": (0, (6.4, 1.6, 3, 1.6)),
     "halfmixed": (0, (6.4, 1.6, 1, 1.6, 1, 1.6)),
     "released-guide": (0, (2, 3.5)),
     "orthonormal": (0, (9, 2)),

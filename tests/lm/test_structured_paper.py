@@ -1,6 +1,7 @@
 """The settings for one GPU and for the paper: what they hold, and the same code run tiny."""
 
 import os
+import re
 import subprocess
 import sys
 from dataclasses import replace
@@ -113,7 +114,7 @@ def test_the_papers_runs_fit_into_the_memory_of_its_gpus():
 
 
 def test_one_gpu_has_the_arms_of_the_processor_under_the_same_names():
-    cpu = {name for name in grid("structured-ffn", "cpu") if not name.endswith(("-w64", "-w96"))}
+    cpu = {name for name in grid("structured-ffn", "cpu") if not re.search(r"-w\d", name)}
     assert len(cpu) == 21
     assert cpu <= GPU.keys()
     sizes = [GPU[f"dense{width}"] for width in ("-w256", "", "-w512", "-w768")]

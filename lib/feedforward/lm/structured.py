@@ -75,6 +75,7 @@ class _Size:
         rate: The peak learning rate of an arm.
         tokens: At equal tokens, for a reference model of this size.
         suffix: Of the names of the runs.
+        precision: Of `TrainingConfig`.
     """
 
     scale: _Scale
@@ -82,6 +83,7 @@ class _Size:
     rate: Callable[[str], float]
     tokens: Callable[[DecoderConfig], float]
     suffix: str = ""
+    precision: str = "bf16"
 
     def steps(self, reference: DecoderConfig) -> int:
         """Steps of the arms that have equal tokens."""
@@ -114,7 +116,7 @@ class _Size:
             lr=lr,
             betas=(0.9, 0.999),
             decay_all=True,
-            precision="bf16",
+            precision=self.precision,
             evaluate_every=max(1, steps // 20),
             **self.scale.training,
         )
@@ -123,7 +125,13 @@ class _Size:
         return LanguageModelConfig(variant=variant, model=model, training=training, **own)
 
 
-def _width(scale: _Scale, width: int, tokens_per_parameter: float = 10, suffix: str = "") -> _Size:
+def _width(
+    scale: _Scale,
+    width: int,
+    tokens_per_parameter: float = 10,
+    suffix: str = "",
+    precision: str = "bf16",
+) -> _Size:
     """Models of a width, in the proportions of the paper's, trained on tokens in proportion."""
     layers, heads = scale.depths.get(width, (4, 2))
 
@@ -148,6 +156,7 @@ def _width(scale: _Scale, width: int, tokens_per_parameter: float = 10, suffix: 
         rate=lambda arm: scale.rates[_RATED.get(arm, arm)] * 64 / width,
         tokens=lambda reference: tokens_per_parameter * count(reference).parameters,
         suffix=suffix,
+        precision=precision,
     )
 
 
@@ -262,6 +271,9 @@ def _structured_ffn(profile: str) -> list[LanguageModelConfig]:
             *_compared(_width(_CPU, 128)),
             *_curves(_width(_CPU, 64, suffix="-w64")),
             *_curves(_width(_CPU, 96, suffix="-w96")),
+            # the largest, for processors without bf16; and what the precision itself changes
+            *_curves(_width(_CPU, 160, suffix="-w160", precision="fp32")),
+            *_curves(_width(_CPU, 64, suffix="-w64-fp32", precision="fp32")),
             *_wide(_width(_CPU, 128)),
             *_wide(_width(_CPU, 64, 60, "-overtrained")),
         ]
@@ -310,14 +322,13 @@ def _stability(profile: str) -> list[LanguageModelConfig]:
 
     half = Guidance(steps // 2)
     runs = [run for name in FFNS for run in swept(name, size.model(name))]
-    runs += swept("lowrank-32-guided", size.model("lowrank-32"), half)
+    for name in STRUCTURED_32:
+        runs += swept(f"{name}-guided", size.model(name), half)
     for init in ("orthonormal", "gaussian"):
         runs += swept(f"lowrank-32-{init}", replace(size.model("lowrank-32"), init=init))
     for name in STRUCTURED_32:
-        model, lr = size.model(name), LEARNING_RATES[name]
-        if (coin := half_guided(name)) not in {run.variant for run in runs}:
-            runs.append(arm(coin, model, lr, half))
-        runs.append(arm(f"{name}-halfmixed", model, lr, replace(half, stochastic=False)))
+        mixed = replace(half, stochastic=False)
+        runs.append(arm(f"{name}-halfmixed", size.model(name), LEARNING_RATES[name], mixed))
     wrong = replace(half, released_start=True)
     model, lr = size.model("blockshuffle-32"), LEARNING_RATES["blockshuffle-32"]
     runs.append(arm("blockshuffle-32-released-guide", model, lr, wrong))
@@ -332,13 +343,10 @@ def _stability(profile: str) -> list[LanguageModelConfig]:
 def half_guided(arm: str) -> str:
     """The name of the stability run that guides an arm over its first half, at the arm's own rate.
 
-    Nothing is trained twice: LowRank's is one of its sweep of learning rates.
-
-    >>> half_guided("lowrank-32"), half_guided("blockdense-32")
-    ('lowrank-32-guided-lr0.016', 'blockdense-32-halfguided')
+    >>> half_guided("lowrank-32")
+    'lowrank-32-guided-lr0.016'
     """
-    swept = f"{arm}-guided-lr{LEARNING_RATES[arm]:g}"
-    return swept if arm == "lowrank-32" else f"{arm}-halfguided"
+    return f"{arm}-guided-lr{LEARNING_RATES[arm]:g}"
 
 
 _STABILITY = "structured-ffn-stability"
@@ -352,9 +360,10 @@ def grid(part: str, profile: str) -> dict[str, LanguageModelConfig]:
 
     ``structured-ffn``: dense and structured models at equal tokens; the structured ones of 32 %
     also at the dense model's FLOPs, with self-guided training (``-guided``) and with more tokens
-    (``-equal-flops``); further widths (``-w64``); grouped queries against wide and structured
-    models and a small dense control, and all of them ``-overtrained``. At `paper` the paper's
-    sizes (``-s``, ``-m``, ``-l``, ``-xl``), 512 sequences a step on eight GPUs.
+    (``-equal-flops``); further widths (``-w64``), one also in another precision (``-fp32``);
+    grouped queries against wide and structured models and a small dense control, and all of them
+    ``-overtrained``. At `paper` the paper's sizes (``-s``, ``-m``, ``-l``, ``-xl``), 512 sequences
+    a step on eight GPUs.
     ``structured-ffn-stability``: a width of 64 at the learning rates of `RATES`, the starts of
     LowRank, and forms of self-guided training over the first half.
 
