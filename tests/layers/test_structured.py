@@ -124,6 +124,14 @@ def test_values_and_gradients_match_explicit_matrices(case, bias, dtype, toleran
         )
 
 
+@shuffles
+def test_many_tokens_are_dealt_out_as_few_are(case):
+    layer = build(case, dtype=torch.float64)
+    x = torch.randn(2 * layer.in_features, layer.in_features, dtype=torch.float64)
+    one_by_one = torch.cat([layer(token) for token in x.split(1)])
+    torch.testing.assert_close(layer(x), one_by_one, rtol=1e-12, atol=1e-12)
+
+
 @every_case
 def test_any_leading_dimensions_with_and_without_gradients(case):
     layer = build(case, dtype=torch.float64)

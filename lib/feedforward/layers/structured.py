@@ -358,10 +358,19 @@ class BlockShuffle(StructuredLinear):
         return (self.u @ v.transpose(0, 1)).transpose(0, 1).reshape(-1, self.in_features)
 
     def _multiply(self, x: Tensor) -> Tensor:
-        tokens, hidden = x.shape[0], self.v.shape[1]
-        h = _by_blocks(x, self.blocks) @ self.v.transpose(1, 2)
-        # the blocks' outputs side by side, then dealt out: a transpose of (m/B, B)
-        h = h.transpose(0, 1).reshape(tokens, hidden, self.blocks).permute(2, 0, 1)
+        tokens, (hidden, width) = x.shape[0], self.v.shape[1:]
+        x, part = _by_blocks(x, self.blocks), hidden // self.blocks
+        if tokens > width and hidden % self.blocks == 0:
+            # Dealing out columns of many tokens is slow. The rows of v are fewer: in the order of
+            # the blocks of u that they go to, what is dealt out are whole parts.
+            v = self.v.view(self.blocks, part, self.blocks, width).transpose(1, 2)
+            h = x @ v.reshape(self.blocks, hidden, width).transpose(1, 2)
+            h = h.view(self.blocks, tokens, self.blocks, part).permute(2, 1, 0, 3)
+            h = h.reshape(self.blocks, tokens, hidden)
+        else:
+            # the blocks' outputs side by side, then dealt out: a transpose of (m/B, B)
+            h = x @ self.v.transpose(1, 2)
+            h = h.transpose(0, 1).reshape(tokens, hidden, self.blocks).permute(2, 0, 1)
         y = h @ self.u.transpose(1, 2)
         y = y.permute(1, 2, 0).reshape(tokens, self.out_features)
         # in place, so that autocast's type stays
