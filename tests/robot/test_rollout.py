@@ -9,7 +9,7 @@ import pytest
 import torch
 from PIL import Image
 
-from feedforward.robot import films, rollout
+from feedforward.robot import films, rendering, rollout
 from feedforward.robot.films import drawn_frames, film, save_gif, save_video
 from feedforward.robot.lerobot import decode
 from feedforward.robot.policy import FlowPolicy, PolicyConfig, upcycled
@@ -29,8 +29,7 @@ from feedforward.robot.scores import (
     task_information,
     wilson,
 )
-from feedforward.robot.tasks import ActionError, find_task, scene
-from feedforward.robot.vision import frame_features, thumbnails
+from feedforward.robot.tasks import ActionError, Images, find_task, scene
 
 SMALL = PolicyConfig(state=39, action=4, horizon=4, width=16, depth=2, heads=2, hidden=16)
 
@@ -315,16 +314,24 @@ def test_rendered_films(renderer, attempt):
 # --- images -------------------------------------------------------------------------------------
 
 
-def test_thumbnails_are_averages():
-    image = np.zeros((2, 32, 32, 3), np.uint8)
-    image[1, :16, :16, 0] = 255
-    found = thumbnails({"front": image, "back": image}, size=2)
-    assert found.shape == (2, 2, 12)
-    assert found[1, 0].tolist() == [1.0, *[-1.0] * 11]
-    stored = frame_features({"front": image, "back": image}, 2, size=2, batch=1)
-    assert np.array_equal(stored, found.numpy())
-    with pytest.raises(ValueError, match="float64"):
-        thumbnails({"front": image.astype(float)})
+def test_pictures_are_taken_for_plans_alone(renderer, short, monkeypatch):
+    taken, seen = [], []
+    take = rendering.Renderer.__call__
+    monkeypatch.setattr(
+        rendering.Renderer, "__call__", lambda *given: taken.append(1) or take(*given)
+    )
+
+    def encoder(images):
+        seen.append(images["corner2"].shape)
+        return torch.from_numpy(images["corner2"]).float().mean((1, 2))[:, None] / 255
+
+    torch.manual_seed(0)
+    seeing = FlowPolicy(replace(SMALL, cameras=1, image_width=3)).eval()
+    starts = make_starts(["reach"], 1)
+    found = roll_out(seeing, starts, execute=4, images=Images(24), encoder=encoder, progress=False)
+    assert len(found.attempts[0].actions) == 10
+    assert seen == 3 * [(1, 24, 24, 3)]  # at steps 0, 4 and 8
+    assert len(taken) == 3
 
 
 def test_starts_have_readable_names():

@@ -26,6 +26,7 @@ from feedforward.robot.runs import (
     trained_policy,
 )
 from feedforward.robot.tasks import SUITES, Images, suite
+from feedforward.robot.vision import FEATURES
 from feedforward.training import TrainingConfig
 
 __all__ = [
@@ -140,7 +141,12 @@ _EASY = _Scale(
 )
 _GPU = _Scale(
     policy=replace(
-        CONFIGS["large"], state=4, image_width=768, cameras=2, prefix_width=256, prefix_hidden=1024
+        CONFIGS["large"],
+        state=4,
+        image_width=FEATURES,
+        cameras=2,
+        prefix_width=256,
+        prefix_hidden=1024,
     ),
     parent=TrainingConfig(20_000, 3e-4, warmup=500, log_every=100, **_SHARED),
     tuning=TrainingConfig(5_000, 1e-4, warmup=200, log_every=50, **_SHARED),
@@ -163,7 +169,7 @@ _PAPER = _Scale(
         state=8,
         action=7,
         text_width=384,
-        image_width=768,
+        image_width=FEATURES,
         cameras=2,
         prefix_width=512,
         prefix_hidden=2048,
@@ -260,8 +266,8 @@ _ALOHA_SCALES = {
 # --- with images --------------------------------------------------------------------------------
 
 IMAGES = "adamoe-images"
-_BESIDE_IMAGES = {"state": 4, "image_width": 768, "cameras": 1}
-# four easy tasks and two hard ones, whose objects a thumbnail of the camera still shows
+_BESIDE_IMAGES = {"state": 4, "image_width": FEATURES, "cameras": 1}
+# four easy tasks and two hard ones, whose objects the camera shows
 _SEEN = ("button-press-topdown", "door-open", "drawer-open", "hammer", "push-wall", "window-open")
 _IMAGES_SCALES = {
     "smoke": replace(

@@ -240,8 +240,10 @@ class _Lanes:
 
     def _one(self, environment, actions, start_state) -> _Seen:
         states, shown, success, finished = [], None, False, actions is None
-        for action in () if actions is None else actions:
-            shown = environment.step(action)
+        actions = [] if actions is None else list(actions)
+        for number, action in enumerate(actions, start=1):
+            # the last picture alone is planned from, and one takes longer than a step
+            shown = environment.step(action, render=number == len(actions))
             states.append(environment.full_state.astype(np.float32))
             success, finished = shown.success, environment.finished
             if finished:

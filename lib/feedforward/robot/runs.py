@@ -11,6 +11,7 @@ import shutil
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -53,7 +54,7 @@ from feedforward.robot.tasks import (
     versions,
     wordings,
 )
-from feedforward.robot.vision import frame_features, thumbnails
+from feedforward.robot.vision import frame_features, image_features
 from feedforward.training import TrainingConfig, seed_everything, train
 
 EXPERIMENT = "adamoe"
@@ -316,7 +317,7 @@ def rollouts_of(
         workers=workers,
         state=config.state,
         images=config.images,
-        encoder=thumbnails if config.images else None,
+        encoder=partial(image_features, device=policy.position.device) if config.images else None,
         progress=progress,
     )
 
@@ -367,7 +368,7 @@ def _folder_of(source: str) -> Path:
 class _Batches:
     """Chunks of demonstrations with the token states of a wording of each instruction."""
 
-    def __init__(self, config: RobotConfig, data: Demonstrations):
+    def __init__(self, config: RobotConfig, data: Demonstrations, device: torch.device):
         also, cameras = None, config.policy.cameras
         if cameras and len(data.images) != cameras:
             raise DataError(
@@ -377,7 +378,7 @@ class _Batches:
                 "for as many cameras."
             )
         if cameras:
-            also = {"images": frame_features(data.images, len(data))}
+            also = {"images": frame_features(data.images, len(data), device=device)}
         self.chunks = Chunks(
             data, batch=config.batch, horizon=config.policy.horizon, seed=config.seed, also=also
         )
@@ -436,7 +437,7 @@ class _Training:
     def batches(self) -> _Batches:
         """Likewise."""
         if self._batches is None:
-            self._batches = _Batches(self.config, self.data)
+            self._batches = _Batches(self.config, self.data, self.device)
         return self._batches
 
     def folder(self, tuned: bool) -> Path:

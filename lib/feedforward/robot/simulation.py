@@ -200,11 +200,12 @@ class Environment:
         self._steps, self._success = 0, False
         return self._observation()
 
-    def step(self, action: np.ndarray) -> Observation:
+    def step(self, action: np.ndarray, *, render: bool = True) -> Observation:
         """Carry out one action, for one period of the simulator's control.
 
         Args:
             action: (A,) see `Task`; what is beyond -1 and 1 is cut off there.
+            render: False leaves the images out, for a step that nobody looks at.
 
         Raises:
             ActionError: When the action has another shape or holds what is not a number; the
@@ -232,7 +233,7 @@ class Environment:
         self._full, success = self._advance(np.clip(action, -1, 1))
         self._steps += 1
         self._success |= success
-        return self._observation()
+        return self._observation(render=render)
 
     def bodies(self) -> dict[str, np.ndarray]:
         """Where the robot's parts are now, from its foot to its fingers: by name (3,) metres."""
@@ -280,10 +281,10 @@ class Environment:
         if self._full is None:
             raise ValueError(f"{self.task.name} has not begun: reset it first")
 
-    def _observation(self) -> Observation:
+    def _observation(self, *, render: bool = True) -> Observation:
         return Observation(
             state=self._full[self._places].astype(np.float32),
-            images=self._renderer(self._scene()[1]) if self._renderer else {},
+            images=self._renderer(self._scene()[1]) if self._renderer and render else {},
             success=self._success,
             step=self._steps,
         )
