@@ -1,5 +1,6 @@
 """A renderer is chosen by what is there, and up is up."""
 
+import gc
 import sys
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 
 from feedforward.robot import rendering
 from feedforward.robot.rendering import RendererError, choose_backend
-from feedforward.robot.tasks import make_environment
+from feedforward.robot.tasks import Images, make_environment
 
 
 @pytest.fixture
@@ -99,3 +100,20 @@ def test_images_are_drawn_without_multisampling_and_shadows(renderer):
         assert not flags[getattr(mujoco.mjtRndFlag, f"mjRND_{flag}")]
     assert environment._simulator.model.vis.quality.offsamples == 0
     drawn.close()
+
+
+def test_a_renderer_that_goes_leaves_the_others_alone(renderer):
+    """In both ways: closed, and forgotten after the next one was made."""
+    images = Images(48)
+    environments = {}
+    for task in ("reach", "door-open", "drawer-open"):
+        environments[task] = make_environment(task, images=images)
+    alone = {task: it.reset(1).images["corner2"] for task, it in environments.items()}
+    environments.pop("door-open").close()
+    for task, environment in environments.items():
+        assert np.array_equal(environment.reset(1).images["corner2"], alone[task]), task
+    environment = make_environment("reach", images=images)
+    environment.reset(2)
+    environment = make_environment("door-open", images=images)
+    gc.collect()
+    assert np.array_equal(environment.reset(1).images["corner2"], alone["door-open"])

@@ -145,7 +145,7 @@ def save_video(frames: np.ndarray, path: str | os.PathLike, *, fps: float = CONT
         VideoError: When there is no encoder.
     """
     with atomic_write(path) as file:
-        file.write(encode(frames, fps).data)
+        file.write(encode(frames, fps, lossless=False).data)
 
 
 def save_gif(

@@ -39,7 +39,8 @@ _FILES_A_CHUNK = 1000
 _DATA_MB, _VIDEO_MB = 100, 200
 _QUANTILES = {"q01": 0.01, "q10": 0.10, "q50": 0.50, "q90": 0.90, "q99": 0.99}
 _COUNTERS = ("frame_index", "episode_index", "index", "task_index")
-_ENCODER = "libx264"
+# encoder, its pixels and quality, of H.264 with loss and without, which stores them as gbrp
+_LOSSY, _LOSSLESS = ("libx264", "yuv420p", "20"), ("libx264rgb", "rgb24", "0")
 
 
 class VideoError(RuntimeError):
@@ -97,7 +98,7 @@ def _av():
     return av
 
 
-def encode(frames: np.ndarray, fps: float) -> Clip:
+def encode(frames: np.ndarray, fps: float, *, lossless: bool = True) -> Clip:
     """Images as an H.264 video in an mp4.
 
     Every tenth frame is a key frame and none waits for a later one, so that any frame is found
@@ -106,6 +107,9 @@ def encode(frames: np.ndarray, fps: float) -> Clip:
     Args:
         frames: (T, H, W, 3) uint8; height and width must be even.
         fps: Frames a second.
+        lossless: Give the same images back, for a policy that will be shown such images: what
+            compression changes is as large to an encoder of images as what the robot moves. A
+            simulator's take four times the space so. Browsers play the other form alone.
 
     Raises:
         VideoError: When there is no encoder.
@@ -118,23 +122,24 @@ def encode(frames: np.ndarray, fps: float) -> Clip:
     if height % 2 or width % 2:
         raise ValueError(f"H.264 needs an even height and width, not {height} x {width}")
     av = _av()
+    encoder, pixels, quality = _LOSSLESS if lossless else _LOSSY
     try:
-        av.codec.Codec(_ENCODER, "w")
+        av.codec.Codec(encoder, "w")
     except Exception as error:  # PyAV's class of it differs between versions
         raise VideoError(
-            f"this PyAV has no encoder {_ENCODER!r}: pip install --force-reinstall av brings one; "
+            f"this PyAV has no encoder {encoder!r}: pip install --force-reinstall av brings one; "
             "without images no encoder is needed"
         ) from error
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
-        options = {"crf": "20", "preset": "veryfast", "g": "10", "bf": "0", "threads": "1"}
-        stream = container.add_stream(_ENCODER, rate=round(fps), options=options)
-        stream.height, stream.width, stream.pix_fmt = height, width, "yuv420p"
+        options = {"crf": quality, "preset": "veryfast", "g": "10", "bf": "0", "threads": "1"}
+        stream = container.add_stream(encoder, rate=round(fps), options=options)
+        stream.height, stream.width, stream.pix_fmt = height, width, pixels
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
         container.mux(stream.encode())
-    pixels = frames.reshape(-1, 3)
-    histogram = np.stack([np.bincount(pixels[:, colour], minlength=256) for colour in range(3)])
+    values = frames.reshape(-1, 3)
+    histogram = np.stack([np.bincount(values[:, colour], minlength=256) for colour in range(3)])
     return Clip(file.getvalue(), (count, height, width), histogram)
 
 
@@ -573,7 +578,7 @@ class _Writer:
                     "video.height": height,
                     "video.width": width,
                     "video.codec": "h264",
-                    "video.pix_fmt": "yuv420p",
+                    "video.pix_fmt": "gbrp",
                     "video.is_depth_map": False,
                     "video.fps": self.fps,
                     "video.channels": 3,

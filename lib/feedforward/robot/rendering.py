@@ -169,8 +169,19 @@ class Renderer:
 
     def close(self) -> None:
         """Free what the graphics library holds."""
-        self._renderer.close()
+        # MuJoCo frees the context first, and then, by their numbers, textures and buffers of
+        # whichever context is current: those of another renderer, which goes on drawing garbage
+        renderer = self._renderer
+        if renderer._gl_context and renderer._mjr_context:
+            renderer._gl_context.make_current()
+            renderer._mjr_context.free()
+            renderer._mjr_context = None
+        renderer.close()
         _open.discard(self)
+
+    def __del__(self):
+        if hasattr(self, "_renderer"):
+            self.close()
 
 
 def _is_upside_down(model: "mujoco.MjModel", camera: str) -> bool:

@@ -333,7 +333,10 @@ def load_data(config: RobotConfig, *, progress: bool = True) -> Demonstrations:
         return load_demonstrations(_folder_of(config.source))
     decisive = plain_config(config)
     names = ("tasks", "demonstrations", "seed", "noise", "state", "images")
-    key = config_key({name: decisive[name] for name in names}, "demonstrations")
+    decided = {name: decisive[name] for name in names}
+    if config.images:
+        decided["video"] = "lossless"  # what was stored with loss looks different
+    key = config_key(decided, "demonstrations")
     return collect(
         config.tasks,
         config.demonstrations,
