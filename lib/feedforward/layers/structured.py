@@ -358,20 +358,32 @@ class BlockShuffle(StructuredLinear):
         return (self.u @ v.transpose(0, 1)).transpose(0, 1).reshape(-1, self.in_features)
 
     def _multiply(self, x: Tensor) -> Tensor:
+        return self._collected(self._dealt(x) @ self.u.transpose(1, 2))
+
+    def _dealt(self, x: Tensor) -> Tensor:
+        """What `v` makes of `x` (T, N), dealt out to the blocks of `u`: (B, T, m/B)."""
         tokens, (hidden, width) = x.shape[0], self.v.shape[1:]
         x, part = _by_blocks(x, self.blocks), hidden // self.blocks
-        if tokens > width and hidden % self.blocks == 0:
-            # Dealing out columns of many tokens is slow. The rows of v are fewer: in the order of
-            # the blocks of u that they go to, what is dealt out are whole parts.
-            v = self.v.view(self.blocks, part, self.blocks, width).transpose(1, 2)
-            h = x @ v.reshape(self.blocks, hidden, width).transpose(1, 2)
-            h = h.view(self.blocks, tokens, self.blocks, part).permute(2, 1, 0, 3)
-            h = h.reshape(self.blocks, tokens, hidden)
-        else:
+        if tokens <= width or hidden % self.blocks:
             # the blocks' outputs side by side, then dealt out: a transpose of (m/B, B)
             h = x @ self.v.transpose(1, 2)
-            h = h.transpose(0, 1).reshape(tokens, hidden, self.blocks).permute(2, 0, 1)
-        y = h @ self.u.transpose(1, 2)
+            return h.transpose(0, 1).reshape(tokens, hidden, self.blocks).permute(2, 0, 1)
+        # Dealing out columns of many tokens is slow. The rows of v are fewer: in the order of the
+        # blocks that they go to, what is dealt out are whole parts.
+        v = self.v.view(self.blocks, part, self.blocks, width).transpose(1, 2)
+        h = x @ v.reshape(self.blocks, hidden, width).transpose(1, 2)
+        h = h.view(self.blocks, tokens, self.blocks, part).permute(2, 1, 0, 3)
+        return h.reshape(self.blocks, tokens, hidden)
+
+    def _collected(self, y: Tensor) -> Tensor:
+        """What `u` makes of that (B, T, M/B), row i of block c at iB + c, and the bias: (T, M)."""
+        tokens = y.shape[1]
+        if self.blocks == 2 and self.bias is not None and _allows_out(y):
+            # the bias on the way, one block after the other; with more blocks that takes longer
+            out = y.new_empty(tokens, y.shape[2], 2)
+            for block, bias, place in zip(y, self.bias.view(-1, 2).T, out.unbind(2), strict=True):
+                torch.add(block, bias, out=place)
+            return out.view(tokens, self.out_features)
         y = y.permute(1, 2, 0).reshape(tokens, self.out_features)
         # in place, so that autocast's type stays
         return y if self.bias is None else y.add_(self.bias)
