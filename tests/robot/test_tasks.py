@@ -240,6 +240,11 @@ def test_the_experts_of_a_suite_solve_95_percent(name):
     assert min(map(sum, solved.values())) >= 7, solved
 
 
+@pytest.mark.parametrize("start", [6002, 6016, 6030])
+def test_a_hand_that_begins_above_the_cube_sweeps_it_in(start):
+    assert solve(make_environment("sweep-into"), start)[2].success
+
+
 def test_experts_need_nothing_but_the_state():
     states, actions, _ = solve(make_environment("window-open"))
     again = scripted_expert("window-open")

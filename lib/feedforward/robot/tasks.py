@@ -145,7 +145,7 @@ def make_environment(
 def scripted_expert(task: Task | str) -> Callable[[np.ndarray], np.ndarray]:
     """The scripted policy of a task: from a full state to an action, each number from -1 to 1.
 
-    Meta-World's own, with small corrections in three tasks; those of LIBERO and ALOHA are written
+    Meta-World's own, with small corrections in four tasks; those of LIBERO and ALOHA are written
     here.
     """
     task = _found(task)
