@@ -117,3 +117,24 @@ def test_a_renderer_that_goes_leaves_the_others_alone(renderer):
     environment = make_environment("door-open", images=images)
     gc.collect()
     assert np.array_equal(environment.reset(1).images["corner2"], alone["door-open"])
+
+
+def test_a_renderer_may_be_forgotten_while_another_draws(renderer, monkeypatch):
+    environment = make_environment("reach", images=Images(48))
+    alone = environment.reset(1).images["corner2"]
+    others = [make_environment("reach", images=Images(48))]
+    others[0].reset(1)
+    drawing = environment._renderer._renderer
+    update = drawing.update_scene
+
+    def interrupted(*given):
+        drawing._gl_context.make_current()
+        others.clear()
+        gc.collect()
+        update(*given)
+
+    monkeypatch.setattr(drawing, "update_scene", interrupted)
+    assert np.array_equal(environment.reset(1).images["corner2"], alone)
+    assert len(rendering._forgotten) == 1
+    environment.reset(1)
+    assert rendering._forgotten == []

@@ -97,11 +97,14 @@ def _backend_of_mujoco() -> str:
 
 
 _open: "weakref.WeakSet[Renderer]" = weakref.WeakSet()
+# MuJoCo's renderers that nobody closed and nobody has any more
+_forgotten: "list[mujoco.Renderer]" = []
 
 
 def _close_all() -> None:
     for renderer in list(_open):
         renderer.close()
+    _free_forgotten()
 
 
 @cache
@@ -144,6 +147,7 @@ class Renderer:
         model.vis.quality.offsamples = 0
         model.vis.global_.offwidth = max(model.vis.global_.offwidth, size)
         model.vis.global_.offheight = max(model.vis.global_.offheight, size)
+        _free_forgotten()
         try:
             self._renderer = mujoco.Renderer(model, height=size, width=size)
         except Exception as error:  # each OpenGL has errors of its own
@@ -160,6 +164,7 @@ class Renderer:
 
     def __call__(self, data: "mujoco.MjData") -> dict[str, np.ndarray]:
         """The images of all cameras: by name (size, size, 3) uint8, red, green and blue."""
+        _free_forgotten()
         images = {}
         for camera, turned in self._turned.items():
             self._renderer.update_scene(data, camera)
@@ -169,19 +174,31 @@ class Renderer:
 
     def close(self) -> None:
         """Free what the graphics library holds."""
-        # MuJoCo frees the context first, and then, by their numbers, textures and buffers of
-        # whichever context is current: those of another renderer, which goes on drawing garbage
-        renderer = self._renderer
-        if renderer._gl_context and renderer._mjr_context:
-            renderer._gl_context.make_current()
-            renderer._mjr_context.free()
-            renderer._mjr_context = None
-        renderer.close()
+        _free(self._renderer)
         _open.discard(self)
 
     def __del__(self):
+        # at any time, in the middle of another's drawing too: only kept from being freed now
         if hasattr(self, "_renderer"):
-            self.close()
+            _forgotten.append(self._renderer)
+
+
+def _free(renderer: "mujoco.Renderer") -> None:
+    """Close MuJoCo's renderer in its own OpenGL context.
+
+    Left to itself it frees the context first, and then, by their numbers, textures and buffers of
+    whichever context is current: those of another renderer, which goes on drawing garbage.
+    """
+    if renderer._gl_context and renderer._mjr_context:
+        renderer._gl_context.make_current()
+        renderer._mjr_context.free()
+        renderer._mjr_context = None
+    renderer.close()
+
+
+def _free_forgotten() -> None:
+    while _forgotten:
+        _free(_forgotten.pop())
 
 
 def _is_upside_down(model: "mujoco.MjModel", camera: str) -> bool:
