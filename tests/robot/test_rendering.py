@@ -1,6 +1,7 @@
 """A renderer is chosen by what is there, and up is up."""
 
 import gc
+import subprocess
 import sys
 
 import numpy as np
@@ -138,3 +139,14 @@ def test_a_renderer_may_be_forgotten_while_another_draws(renderer, monkeypatch):
     assert len(rendering._forgotten) == 1
     environment.reset(1)
     assert rendering._forgotten == []
+
+
+def test_an_optimizer_can_be_made_after_drawing(renderer):
+    """With PyTorch for CUDA it loads Triton, which does not bear OSMesa before it."""
+    script = (
+        "from feedforward.robot.tasks import Images, make_environment\n"
+        "make_environment('reach', images=Images(16)).reset(1)\n"
+        "import torch\n"
+        "torch.optim.Adam([torch.zeros(1, requires_grad=True)])\n"
+    )
+    subprocess.run([sys.executable, "-c", script], check=True, timeout=120)

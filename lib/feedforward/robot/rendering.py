@@ -11,9 +11,10 @@ import os
 import sys
 import weakref
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from ctypes.util import find_library
 from functools import cache
+from importlib import import_module
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -63,7 +64,11 @@ def loading_simulator() -> Iterator[None]:
     Raises:
         ImportError: When it does not load; the message says how to install it.
     """
-    choose_backend()
+    if choose_backend() == "osmesa":
+        # An LLVM each is in OSMesa and in Triton, which comes with PyTorch for CUDA and is loaded
+        # by an optimizer: after OSMesa's, Triton's ends the process.
+        with suppress(ImportError):
+            import_module("triton._C.libtriton")
     try:
         yield
     except ImportError as error:
