@@ -51,10 +51,24 @@ def choose_backend() -> str:
     if sys.platform != "linux":
         return "glfw"
     if given := os.environ.get("MUJOCO_GL", "").strip().lower():
-        return "none" if given in _OFF else given if given in ("egl", "osmesa") else "glfw"
-    backend = _best_backend()
-    os.environ["MUJOCO_GL"] = "disable" if backend == "none" else backend
+        backend = "none" if given in _OFF else given if given in ("egl", "osmesa") else "glfw"
+    else:
+        backend = _best_backend()
+        os.environ["MUJOCO_GL"] = "disable" if backend == "none" else backend
+    if backend == "osmesa":
+        _load_triton()
     return backend
+
+
+@cache
+def _load_triton() -> None:
+    """Load Triton, which comes with PyTorch for CUDA, before OSMesa.
+
+    Both bring an LLVM, and Triton's, which the first optimizer loads, ends the process where
+    OSMesa's is there already.
+    """
+    with suppress(ImportError):
+        import_module("triton._C.libtriton")
 
 
 @contextmanager
@@ -64,11 +78,7 @@ def loading_simulator() -> Iterator[None]:
     Raises:
         ImportError: When it does not load; the message says how to install it.
     """
-    if choose_backend() == "osmesa":
-        # An LLVM each is in OSMesa and in Triton, which comes with PyTorch for CUDA and is loaded
-        # by an optimizer: after OSMesa's, Triton's ends the process.
-        with suppress(ImportError):
-            import_module("triton._C.libtriton")
+    choose_backend()
     try:
         yield
     except ImportError as error:
