@@ -23,8 +23,10 @@ from feedforward.training import (
     CheckpointError,
     TrainingConfig,
     TrainingError,
+    bf16_products,
     checkpoints,
     loop,
+    precision,
     seed_everything,
     train,
 )
@@ -386,6 +388,46 @@ def test_bf16_autocast_keeps_float32_weights():
     assert set(seen) == {torch.bfloat16}
     assert model.weight.dtype == torch.float32
     assert result.precision == "bf16"
+
+
+@pytest.mark.parametrize("slow", [True, False])
+def test_bf16_products_without_instructions_for_them(slow, monkeypatch):
+    """They go through float32, and what comes out is the processor's own up to rounding."""
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda device: not slow)
+    seen = []
+    product = torch.mm
+
+    class Watch(torch.utils._python_dispatch.TorchDispatchMode):
+        def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+            if func is torch.ops.aten.mm.default:
+                seen.append(args[0].dtype)
+            return func(*args, **(kwargs or {}))
+
+    a, b = torch.randn(64, 48), torch.randn(48, 80)
+    left, right = a.bfloat16().requires_grad_(), b.bfloat16()
+    with Watch(), bf16_products(torch.device("cpu")):
+        out = product(left, right)
+        out.sum().backward()
+    assert set(seen) == {torch.float32 if slow else torch.bfloat16}
+    assert out.dtype == left.grad.dtype == torch.bfloat16
+    exact = a.bfloat16().double() @ right.double()
+    assert (out.double() - exact).abs().max() <= exact.abs().max() * 2**-8
+    with bf16_products(torch.device("cpu")):
+        assert torch.equal(product(a, b), a @ b)
+        bias = torch.randn(80).bfloat16()
+        sums = torch.addmm(bias, left.detach(), right)
+    torch.testing.assert_close(sums.double(), exact + bias.double(), rtol=2**-7, atol=2**-6)
+
+
+def test_bf16_products_are_left_alone_where_not_asked_for(monkeypatch):
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda device: False)
+    seen = []
+    monkeypatch.setattr(precision, "_ThroughFloat32", lambda: seen.append(1))
+    with bf16_products(torch.device("cpu"), enabled=False):
+        pass
+    with bf16_products(torch.device("meta")):
+        pass
+    assert seen == []
 
 
 def test_seed_everything_seeds_every_generator():

@@ -14,6 +14,7 @@ from feedforward.qa.decoding import best_answers, read
 from feedforward.qa.features import Features, prepare
 from feedforward.qa.metrics import ItemScores, item_scores
 from feedforward.qa.model import ReaderMixture, ReaderOutput
+from feedforward.training import bf16_products
 
 
 @dataclass(frozen=True)
@@ -152,9 +153,10 @@ class Watched(nn.Module):
         length = inputs["input_ids"].shape[1]
         if self.padded is not None:
             inputs = pad(inputs, *self.padded)
-        device = inputs["input_ids"].device.type
+        device = inputs["input_ids"].device
         with (
-            torch.autocast(device, torch.bfloat16, enabled=self.bf16),
+            bf16_products(device, self.bf16),
+            torch.autocast(device.type, torch.bfloat16, enabled=self.bf16),
             collect_routing(self.reader) as routings,
         ):
             output = self.reader(**inputs)

@@ -14,6 +14,7 @@ from feedforward.training.loop import (
     seed_everything,
     train,
 )
+from feedforward.training.precision import bf16_products
 
 __all__ = [
     "EMA",
@@ -23,6 +24,7 @@ __all__ = [
     "TrainingConfig",
     "TrainingError",
     "TrainingResult",
+    "bf16_products",
     "load_weights",
     "save_weights",
     "seed_everything",

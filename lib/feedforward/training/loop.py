@@ -21,6 +21,7 @@ from feedforward.records import has_fast_bf16
 from feedforward.training.averages import EMA, Log
 from feedforward.training.checkpoints import Checkpoints, random_states, set_random_states
 from feedforward.training.config import TrainingConfig, check_warmup, is_positive, require
+from feedforward.training.precision import bf16_products
 
 
 class TrainingError(FloatingPointError):
@@ -150,7 +151,8 @@ def train(
                 index = (step * config.accumulate + micro) * accelerator.num_processes
                 batch = send_to_device(batches(index + accelerator.process_index), device)
                 last = micro == config.accumulate - 1
-                with contextlib.nullcontext() if last else accelerator.no_sync(wrapped):
+                syncing = contextlib.nullcontext() if last else accelerator.no_sync(wrapped)
+                with syncing, bf16_products(device, bf16):
                     with torch.autocast(device.type, torch.bfloat16, enabled=bf16):
                         value, extra = _loss_and_extra(loss(wrapped, batch))
                     accelerator.backward(value)
