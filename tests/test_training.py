@@ -14,7 +14,7 @@ from safetensors.torch import load_file
 from torch import nn
 from torch.nn import functional as F
 
-from feedforward import LowRank, SelfGuided
+from feedforward import LowRank, MoE, SelfGuided, TopKRouter
 from feedforward.files import sha256
 from feedforward.layers.guided import advance, release
 from feedforward.training import (
@@ -417,6 +417,37 @@ def test_bf16_products_without_instructions_for_them(slow, monkeypatch):
         bias = torch.randn(80).bfloat16()
         sums = torch.addmm(bias, left.detach(), right)
     torch.testing.assert_close(sums.double(), exact + bias.double(), rtol=2**-7, atol=2**-6)
+
+
+def test_bf16_products_cover_experts_and_attention(monkeypatch):
+    """Values and gradients under autocast are those of float32, up to bfloat16's rounding."""
+    monkeypatch.setattr(precision, "has_fast_bf16", lambda device: False)
+    torch.manual_seed(3)
+    experts, x = MoE(32, 64, 4, router=TopKRouter(32, 4, k=2)), torch.randn(2, 24, 32)
+    mask = torch.randn(24, 24)
+    weights = list(experts.parameters())
+
+    def compute():
+        y = experts(x).unflatten(-1, (2, 16)).transpose(1, 2)
+        y = F.scaled_dot_product_attention(y, y, y, mask.to(y.dtype))
+        return y, torch.autograd.grad(y.float().square().sum(), weights)
+
+    seen = set()
+    through = precision._ThroughFloat32.__torch_dispatch__
+
+    def watch(self, func, *rest):
+        seen.add(func)
+        return through(self, func, *rest)
+
+    monkeypatch.setattr(precision._ThroughFloat32, "__torch_dispatch__", watch)
+    exact, exact_gradients = compute()
+    with bf16_products(torch.device("cpu")), torch.autocast("cpu", torch.bfloat16):
+        rounded, gradients = compute()
+    assert rounded.dtype == torch.bfloat16
+    assert torch.ops.aten._grouped_mm.default in seen
+    assert precision._ATTENTION in seen
+    for one, other in [(rounded, exact), *zip(gradients, exact_gradients, strict=True)]:
+        assert (one - other).norm() <= 0.02 * other.norm()
 
 
 def test_bf16_products_are_left_alone_where_not_asked_for(monkeypatch):
