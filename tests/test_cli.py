@@ -338,6 +338,12 @@ def test_help_is_there_without_loading_torch():
     assert "claims" in done.stdout
 
 
+def test_the_package_is_a_command_too():
+    command = [sys.executable, "-m", "feedforward", "list", "--help"]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert "Usage: feedforward list" in done.stdout
+
+
 def trained_run(config, *, progress=True, device="auto"):
     import torch
     from torch import nn

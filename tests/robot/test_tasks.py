@@ -229,20 +229,28 @@ def test_experts_succeed_and_success_stays(drawer):
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["easy", "hard"])
-def test_the_experts_of_a_suite_solve_95_percent(name):
+@pytest.mark.parametrize(("name", "starts"), [("easy", 8), ("hard", 8), ("mt50", 3)])
+def test_the_experts_of_a_suite_solve_95_percent(name, starts):
     solved = {}
     for task in suite(name):
         environment = make_environment(task)
-        solved[task.name] = [solve(environment, start)[2].success for start in range(8)]
+        solved[task.name] = [solve(environment, start)[2].success for start in range(starts)]
         environment.close()
     assert np.mean(list(solved.values())) >= 0.95
-    assert min(map(sum, solved.values())) >= 7, solved
+    assert min(map(sum, solved.values())) >= starts - 1, solved
 
 
-@pytest.mark.parametrize("start", [6002, 6016, 6030])
-def test_a_hand_that_begins_above_the_cube_sweeps_it_in(start):
-    assert solve(make_environment("sweep-into"), start)[2].success
+MENDED = {
+    "box-close": [1011, 1023, 1025],
+    "peg-unplug-side": [1007, 1038, 1046],
+    "soccer": [1, 18, 28],
+    "sweep-into": [6002, 6016, 6030],
+}
+
+
+@pytest.mark.parametrize(("name", "start"), [(n, s) for n, those in MENDED.items() for s in those])
+def test_experts_solve_starts_at_which_the_scripts_of_meta_world_fail(name, start):
+    assert solve(make_environment(name), start)[2].success
 
 
 def test_experts_need_nothing_but_the_state():

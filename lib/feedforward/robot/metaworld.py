@@ -136,21 +136,27 @@ def _snapshot(model) -> dict[str, np.ndarray]:
     return {name: getattr(model, name).copy() for name in names}
 
 
-# Four scripts fail in one of eight to twenty attempts; told that a thing is a little elsewhere (in
-# metres), they do not.
+# Some scripts fail in one of eight to twenty-five attempts; told that a thing is a little elsewhere
+# (in metres), they fail in half as many or none.
 _CORRECTIONS = {
+    # the fingers reach for the upper edge of the lid's handle
+    "box-close": ("object_z", -0.010),
     # a grasped peg hangs 27 mm below the hand, and from 25 mm on the script reaches for it again
     "peg-insert-side": ("object_z", 0.010),
     # the hand lifts the block by its upper edge, and it slips
     "shelf-place": ("object_z", -0.005),
     # the stick drags the thermos 2 cm behind itself, which then stops short of the goal
     "stick-pull": ("goal_y", -0.020),
+    # the fingers close loosely, and the peg slips
+    "peg-unplug-side": ("object_z", -0.020),
     # a hand that begins above the cube closes on its way down, and then presses on it
     "sweep-into": ("object_z", -0.020),
 }
 
 
 def _metaworld_expert(task: Task) -> Callable[[np.ndarray], np.ndarray]:
+    if task.name == "soccer":
+        return _carry_ball
     policy = _metaworld().policies.ENV_POLICY_MAP[f"{task.name}-v3"]()
     name, shift = _CORRECTIONS.get(task.name, ("object_z", 0.0))
     place = STATE_NAMES["full"].index(name)
@@ -158,6 +164,8 @@ def _metaworld_expert(task: Task) -> Callable[[np.ndarray], np.ndarray]:
     def act(full_state: np.ndarray) -> np.ndarray:
         seen = np.array(full_state, dtype=np.float64)  # some scripts write into what they are given
         seen[place] += shift
+        if task.name == "box-close":
+            _hold_lid(seen)
         with warnings.catch_warnings():
             # says that actions are cut off, which is meant
             warnings.filterwarnings("ignore", message="Constant", category=UserWarning)
@@ -165,6 +173,35 @@ def _metaworld_expert(task: Task) -> Callable[[np.ndarray], np.ndarray]:
         return np.clip(action, -1, 1).astype(np.float32)
 
     return act
+
+
+def _hold_lid(seen: np.ndarray) -> None:
+    """Put a held lid straight below the hand: from 1 cm off, the script takes it for lost."""
+    hand, opening, lid = seen[:3], seen[3], seen[4:7]
+    if opening < 0.5 and np.linalg.norm(hand[:2] - lid[:2]) < 0.03 and hand[2] - lid[2] < 0.12:
+        lid[:2] = hand[:2]
+
+
+def _carry_ball(full_state: np.ndarray) -> np.ndarray:
+    """Soccer: grasp the ball and carry it into the goal, around the posts.
+
+    Meta-World's script pushes it, and one ball of eight rolls away as the hand comes down.
+    """
+    hand, opening, ball, goal = full_state[:3], full_state[3], full_state[4:7], full_state[-3:]
+    aside, above = np.linalg.norm(hand[:2] - ball[:2]), hand[2] - ball[2]
+    grip = -1
+    if aside < 0.03 and above < 0.04 and opening < 0.6:  # the fingers hold it
+        before_goal = min(hand[1], goal[1] - 0.14)
+        in_line = abs(ball[0] - goal[0]) < 0.02
+        target, grip = [goal[0], goal[1] if in_line else before_goal, 0.05], 1
+    elif aside < 0.02 and above < 0.03:
+        target, grip = [*ball[:2], hand[2]], 1
+    elif aside < 0.012 or (aside < 0.02 and above < 0.07):
+        target = [*ball[:2], 0.035]
+    else:
+        target = [*ball[:2], 0.15]
+    move = np.clip(10 * (target - hand), -1, 1)
+    return np.array([*move, grip], dtype=np.float32)
 
 
 METAWORLD = Simulator(
