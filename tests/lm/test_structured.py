@@ -274,16 +274,7 @@ def recorded():
     return {part: {r.key: r for r in load_records(part, profile="cpu")} for part in PARTS}
 
 
-LATE = pytest.mark.xfail(reason="its main runs at the better rate have yet to be made", strict=True)
-
-
-@pytest.mark.parametrize(
-    "arm",
-    [
-        pytest.param(arm, marks=LATE) if arm == "blockshuffle-32-guided" else arm
-        for arm in LEARNING_RATES
-    ],
-)
+@pytest.mark.parametrize("arm", LEARNING_RATES)
 def test_no_rate_of_the_recorded_sweep_is_clearly_better(arm, recorded):
     """By validation loss, mean over the seeds, of the rates that were run with all seeds."""
     losses = {}

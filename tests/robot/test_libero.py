@@ -49,7 +49,7 @@ class MadeUp(Environment):
         self.put("size", self.size)
         self.put("goal", [0, 0.26, 0.07])
         self.put_opening(1.0)
-        return self.state_of.copy()
+        return self.seen()
 
     def _advance(self, action):
         hand, thing, basket = (self.at(name) for name in ("gripper", "object", "goal"))
@@ -67,10 +67,16 @@ class MadeUp(Environment):
         least = width if reached else 0.0
         self.put_opening(np.clip(opening - 0.1 * np.sign(action[-1]), least, 1))
         inside = np.linalg.norm(thing[:2] - basket[:2]) < 0.05 and thing[2] < 0.1
-        return self.state_of.copy(), bool(inside)
+        return self.seen(), bool(inside)
 
     def _end(self):
         pass
+
+    def seen(self):
+        for name in ("object", "goal"):
+            place = FULL.index(f"{name}_from_gripper_x")
+            self.state_of[place : place + 3] = self.at(name) - self.at("gripper")
+        return self.state_of.copy()
 
     def at(self, name):
         return self.state_of[PLACES[name] : PLACES[name] + 3].copy()
@@ -139,7 +145,7 @@ def test_wordings_name_their_thing_and_are_for_training_or_evaluation():
 
 def test_states_are_parts_of_the_full_one():
     sizes = {kind: len(names) for kind, names in STATE_NAMES.items()}
-    assert sizes == {"full": 51, "things": 41, "robot": 8}
+    assert sizes == {"full": 87, "things": 41, "meant": 17, "robot": 8}
     for names in STATE_NAMES.values():
         assert len(set(names)) == len(names)
         assert set(names) <= set(FULL)
@@ -412,6 +418,11 @@ def test_a_state_says_where_the_things_are(ketchup):
     absent = [thing for thing in THINGS if state[f"{thing.replace(' ', '_')}_z"] == 0]
     assert len(absent) == 4
     assert np.linalg.norm([state[f"turn_{axis}"] for axis in "xyz"]) < 0.1
+    for name in ("object", "goal", "ketchup"):
+        seen = [state[f"{name}_from_gripper_{axis}"] for axis in "xyz"]
+        there = [state[f"{name}_{axis}"] - state[f"gripper_{axis}"] for axis in "xyz"]
+        assert np.allclose(seen, there, atol=1e-6)
+    assert state[f"{absent[0].replace(' ', '_')}_from_gripper_x"] == 0
 
 
 def test_versions_stand_beside_scores(ketchup):

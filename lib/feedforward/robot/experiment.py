@@ -212,12 +212,13 @@ _LIBERO_SCALES = {
     "cpu": replace(
         _CPU,
         policy=replace(_SMALL, **_LIBERO_SMALL),
+        parent=replace(_CPU.parent, steps=5000),
         config={
             "experiment": LIBERO,
             "tasks": _OBJECT,
             "state": "things",
             "noise": 0.2,
-            "demonstrations": 5,
+            "demonstrations": 20,
             "evaluation": Evaluation(episodes=12, execute=libero.EXECUTE, at_once=len(_OBJECT)),
         },
         tuned=_TUNED_ON_LIBERO,

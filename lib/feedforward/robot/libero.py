@@ -61,19 +61,29 @@ _SIZE = tuple(f"size_{axis}" for axis in _XYZ)
 _GOAL = tuple(f"goal_{axis}" for axis in _XYZ)
 _THINGS = tuple(f"{thing.replace(' ', '_')}_{axis}" for thing in THINGS for axis in _XYZ)
 
+
+def _seen_from_gripper(*names: str) -> tuple[str, ...]:
+    return tuple(f"{name[:-1]}from_gripper_{name[-1]}" for name in names)
+
+
 STATE_NAMES = {
-    "full": (*_ROBOT, *_OBJECT, *_SIZE, *_GOAL, *_THINGS),
-    "things": (*_ROBOT, *_GOAL, *_THINGS),
+    "full": (
+        *(*_ROBOT, *_OBJECT, *_SIZE, *_GOAL, *_THINGS),
+        *_seen_from_gripper(*_OBJECT[:3], *_GOAL, *_THINGS),
+    ),
+    "things": (*_ROBOT, *_seen_from_gripper(*_GOAL, *_THINGS)),
+    "meant": (*_ROBOT, *_SIZE, *_seen_from_gripper(*_OBJECT[:3], *_GOAL)),
     "robot": _ROBOT,
 }
 """What a state of LIBERO holds, in order, by the name of its kind.
 
-``"things"`` (41): the gripper, its opening from 0 (closed) to 1 and how fast that changes, per
-second, its turn away from pointing down, as an axis times an angle, the inside of the basket, and
-all ten groceries, zeros where the scene has not got one; which of them is meant the instruction
-says alone. ``"robot"`` (8): the gripper alone. ``"full"`` (51): what is meant as well, with its
-turn as a quaternion and the extents of the box around it. Positions are of the centres of these
-boxes, in metres.
+``"robot"`` (8): the gripper, its opening from 0 (closed) to 1 and how fast that changes, per
+second, and its turn away from pointing down, as an axis times an angle. ``"things"`` (41): also
+the inside of the basket and all ten groceries as seen from the gripper, zeros where the scene has
+not got one; which of them is meant the instruction says alone. ``"meant"`` (17): in their place
+the basket and what is meant as seen from the gripper, and the extents of the box around it.
+``"full"`` (87): all that, and the same in the room, with the turn of what is meant as a quaternion.
+Positions are of the centres of these boxes, in metres.
 """
 
 ACTION_NAMES = ("x", "y", "z", "turn_x", "turn_y", "turn_z", "gripper")
@@ -253,10 +263,14 @@ class _Libero(Environment):
         left, right = (data.joint(f"gripper0_finger_joint{number}") for number in (1, 2))
         centre, extents = boxes[wanted]
         w, *xyz = data.body(f"{wanted}_1_main").xquat
+        hand, basket = (
+            data.site(name).xpos for name in ("gripper0_grip_site", "basket_1_contain_region")
+        )
+        found = [boxes.get(thing.replace(" ", "_")) for thing in THINGS]
         none = np.zeros(3)
         return np.concatenate(
             [
-                data.site("gripper0_grip_site").xpos,
+                hand,
                 (left.qpos - right.qpos) / _WIDEST,
                 (left.qvel - right.qvel) / _WIDEST,
                 _turn(data.body("robot0_right_hand").xquat),
@@ -264,8 +278,11 @@ class _Libero(Environment):
                 xyz,
                 [w],
                 extents,
-                data.site("basket_1_contain_region").xpos,
-                *(boxes.get(thing.replace(" ", "_"), (none, none))[0] for thing in THINGS),
+                basket,
+                *(none if box is None else box[0] for box in found),
+                centre - hand,
+                basket - hand,
+                *(none if box is None else box[0] - hand for box in found),
             ]
         )
 
@@ -335,7 +352,8 @@ def _expert(task: Task) -> Callable[[np.ndarray], np.ndarray]:
     """Approach, descend, close, lift, move over the basket, lower, open.
 
     It looks at the state alone and has no memory, so that a thing that slips is picked up again,
-    and all that it does can be learnt from states.
+    and all that it does can be learnt from states. One phase goes over into the next without a
+    jump, except in what the fingers do.
     """
     names = STATE_NAMES["full"]
 
@@ -349,28 +367,30 @@ def _expert(task: Task) -> Callable[[np.ndarray], np.ndarray]:
         top = thing[2] + size[2] / 2
         grasp = np.array([*thing[:2], max(thing[2], top - _REACH)])
         aside, above = np.linalg.norm(hand[:2] - thing[:2]), hand[2] - grasp[2]
-        between = aside < 0.03 and abs(above) < 0.03 and 0.1 < opening < 0.9
-        over_basket = np.linalg.norm(hand[:2] - basket[:2]) < 0.03
+        held = aside < 0.03 and abs(above) < 0.03 and 0.1 < opening < 0.9
         if np.linalg.norm(thing[:2] - basket[:2]) < 0.06 and hand[2] < _RELEASE + 0.03:
-            target, grip = [*basket[:2], _RELEASE], -1  # let go
-        elif between and abs(speed) < 0.2:  # the fingers hold it
-            if over_basket:
-                target = [*basket[:2], _RELEASE]
-            elif hand[2] < _CARRY - 0.06:
-                target = [*hand[:2], _CARRY]
-            else:
-                target = [*basket[:2], _CARRY]
-            grip = 1
-        elif between or (aside < 0.02 and abs(above) < 0.012 and opening > 0.1):
-            target, grip = grasp, 1
-        elif aside < 0.015 and opening > 0.1:
-            target, grip = grasp, -1
+            target, grip, free = [*basket[:2], _RELEASE], -1, 1.0  # let go
+        elif held:
+            apart = np.linalg.norm(hand[:2] - basket[:2])
+            height = _RELEASE + _share(apart, 0.03, 0.10) * (_CARRY - _RELEASE)
+            high = _share(hand[2], height - 0.10, height - 0.04)
+            target, grip = [*hand[:2] + high * (basket[:2] - hand[:2]), height], 1
+            free = 1 - _share(abs(speed), 0.1, 0.5)  # while the fingers still close it waits
+        elif aside < 0.02 and abs(above) < 0.012 and opening > 0.1:
+            target, grip, free = grasp, 1, 1.0
         else:
-            target, grip = [*thing[:2], top + _CLEARANCE], -1
-        move = np.clip(_GAIN * (target - hand), -1, 1)
+            over = 1.0 if opening < 0.1 else _share(aside, 0.012, 0.04)
+            height = grasp[2] + over * (top + _CLEARANCE - grasp[2])
+            target, grip, free = [*thing[:2], height], -1, 1.0
+        move = free * np.clip(_GAIN * (target - hand), -1, 1)
         return np.array([*move, 0, 0, 0, grip], dtype=np.float32)
 
     return act
+
+
+def _share(value: float, low: float, high: float) -> float:
+    """How far a value is between two others, 0 to 1."""
+    return float(np.clip((value - low) / (high - low), 0, 1))
 
 
 LIBERO = Simulator(
@@ -382,6 +402,7 @@ LIBERO = Simulator(
     packages=(PACKAGE, "robosuite", "mujoco"),
     environment=_Libero,
     expert=_expert,
+    revision=2,
 )
 
 TASKS = tuple(map(_task, THINGS))

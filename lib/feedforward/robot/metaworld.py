@@ -213,6 +213,7 @@ METAWORLD = Simulator(
     packages=("metaworld", "mujoco", "gymnasium"),
     environment=_MetaWorld,
     expert=_metaworld_expert,
+    revision=2,
 )
 
 

@@ -334,6 +334,7 @@ def load_data(config: RobotConfig, *, progress: bool = True) -> Demonstrations:
     decisive = plain_config(config)
     names = ("tasks", "demonstrations", "seed", "noise", "state", "images")
     decided = {name: decisive[name] for name in names}
+    decided["revision"] = simulator_of(map(find_task, config.tasks)).revision
     if config.images:
         decided["video"] = "lossless"  # what was stored with loss looks different
     key = config_key(decided, "demonstrations")

@@ -35,6 +35,8 @@ class Simulator:
         expert: From a task to its scripted policy, see `scripted_expert`.
         moves: The names of those parts of an action that move an arm from place to place, and that
             noise is added to in demonstrations.
+        revision: Of what is written here: raised when an expert or a state changes, so that
+            demonstrations which are kept are collected anew.
     """
 
     name: str
@@ -46,6 +48,7 @@ class Simulator:
     environment: "type[Environment]"
     expert: "Callable[[Task], Callable[[np.ndarray], np.ndarray]]"
     moves: tuple[str, ...] = ("x", "y", "z")
+    revision: int = 1
 
 
 @dataclass(frozen=True)
