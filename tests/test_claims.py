@@ -394,6 +394,15 @@ def test_contrast_is_a_difference_of_differences():
     assert result.verdict == "reproduced"
 
 
+def test_interval_ends_with_what_is_possible():
+    shares = arm("a", [0.5, 0.8, 0.95])
+    free = Statistic("value", "demo", (0.3, INF), variant=("a",), metric="score", against=0.25)
+    bounded = dataclasses.replace(free, possible=(0.0, 1.0))
+    (wide,), (kept,) = judge(free, shares).results, judge(bounded, shares).results
+    assert wide.high > 1.0
+    assert (kept.low, kept.high, kept.estimate) == (wide.low, 1.0, wide.estimate)
+
+
 def gap(band=(0.25, INF)):
     names = {"variant": ("guided",), "reference": ("lowrank",), "target": ("dense",)}
     return Statistic("gap", "demo", band, metric="score", **names)
@@ -502,6 +511,7 @@ BAD = {
     "empty band": (with_statistic(band=[2.0, 1.0]), "band is"),
     "open band": (with_statistic(band=[None, None]), "band is"),
     "band of text": (with_statistic(band=["1", None]), "band is"),
+    "nothing possible": (with_statistic(possible=[1.0, 0.0]), "possible is"),
     "band of one": (with_statistic(band=[1.0]), "band is"),
     "no number for NaN": (with_statistic(band=[float("nan"), 1.0]), "band is"),
     "slope of one": (

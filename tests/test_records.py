@@ -16,6 +16,7 @@ from feedforward.records import (
     added,
     cached,
     config_key,
+    devices_of,
     load_records,
     plain_config,
     recorded,
@@ -340,6 +341,12 @@ def test_two_processes_run_once(tmp_path):
 
 
 # -- provenance ------------------------------------------------------------------------------------
+
+
+def test_devices_of_records_are_named_once_without_trade_marks():
+    names = ("Intel(R) Xeon(R) Processor, no bf16", "AMD EPYC, bf16 by AVX-512", "NVIDIA H100")
+    made = [record_of(provenance=dataclasses.replace(HERE, device=n)) for n in (*names, names[0])]
+    assert devices_of(made) == "Intel Xeon (no bf16) and AMD EPYC (bf16 by AVX-512) and NVIDIA H100"
 
 
 def test_provenance_of_this_machine():

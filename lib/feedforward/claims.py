@@ -19,7 +19,7 @@ import yaml
 
 from feedforward.files import checkout
 from feedforward.profiles import PROFILES
-from feedforward.records import Record, load_records
+from feedforward.records import Record, devices_of, load_records
 
 CONFIDENCE = 0.95
 LEAST_SEEDS = 3
@@ -29,9 +29,9 @@ RESAMPLES = 2000
 SCALES = tuple(profile.name for profile in PROFILES.values() if profile.evidence)
 
 PAPERS = {
-    "robust-qa": "Robust QA with experts",
-    "structured-ffn": "Structured feed-forward layers",
-    "adamoe": "AdaMoE for robot policies",
+    "robust-qa": "Robust QA",
+    "structured-ffn": "Structured layers",
+    "adamoe": "AdaMoE",
 }
 
 # mark -> (what it says about a published number, how sure we are of it)
@@ -106,6 +106,8 @@ class Statistic:
         band: ``(low, high)``, either end may be infinite.
         of: a short name, shown where a claim has more than one statistic.
         unit: what the estimate is measured in, as printed.
+        possible: ``(low, high)``, the values that there can be, such as 0 to 1 of a share; an
+            interval ends there.
         variant, reference, target: names of variants; one each, of a ``slope`` several.
         metric: the name of a number in the records' metrics.
         reference_metric: the reference's, where it is another one.
@@ -123,6 +125,7 @@ class Statistic:
     band: tuple[float, float]
     of: str = ""
     unit: str = ""
+    possible: tuple[float, float] = (-math.inf, math.inf)
     variant: tuple[str, ...] = ()
     reference: tuple[str, ...] = ()
     target: tuple[str, ...] = ()
@@ -290,10 +293,13 @@ def _statistic(entry: Any) -> Statistic:
         raise ClaimError(f"a statistic is {entry!r}; write it as field: value")
     _choice(entry.get("kind"), "kind of statistic", _KINDS)
     required, further = _KINDS[entry["kind"]]
-    common = {"kind", "band"} | ({"experiment"} if entry["kind"] != "exact" else set())
-    what = f"a statistic of kind {entry['kind']!r}"
-    _fields(entry, what, common | required, further | {"of", "unit"})
-    values: dict[str, Any] = {"experiment": "", "band": _band(entry["band"])}
+    measured = entry["kind"] != "exact"
+    common = {"kind", "band"} | ({"experiment"} if measured else set())
+    further = further | {"of", "unit"} | ({"possible"} if measured else set())
+    _fields(entry, f"a statistic of kind {entry['kind']!r}", common | required, further)
+    values: dict[str, Any] = {"experiment": "", "band": _range(entry, "band")}
+    if "possible" in entry:
+        values["possible"] = _range(entry, "possible")
     for name in ("kind", "experiment", "of", "unit", "metric", "reference_metric", "x", "check"):
         if name in entry:
             values[name] = _text(entry, name)
@@ -328,7 +334,8 @@ def _statistic(entry: Any) -> Statistic:
     return Statistic(**values)
 
 
-def _band(given: Any) -> tuple[float, float]:
+def _range(entry: Mapping[str, Any], name: str) -> tuple[float, float]:
+    given = entry[name]
     if isinstance(given, list) and len(given) == 2:
         low = -math.inf if given[0] is None else given[0]
         high = math.inf if given[1] is None else given[1]
@@ -336,7 +343,8 @@ def _band(given: Any) -> tuple[float, float]:
         if numbers and low <= high and (math.isfinite(low) or math.isfinite(high)):
             return float(low), float(high)
     raise ClaimError(
-        f"band is {given!r}; write [low, high] with low <= high, and null for at most one open end"
+        f"{name} is {given!r}; write [low, high] with low <= high, and null for at most one open "
+        "end"
     )
 
 
@@ -616,6 +624,8 @@ def _judge(statistic: Statistic, arms: _Arms) -> tuple[str, str, float, float, f
     low, high = _interval(statistic, mean, sum(part for part, _ in parts), _quantile(parts))
     if not low <= high:
         return "inconclusive", "no gap is established", estimate, math.nan, math.nan
+    least, most = statistic.possible
+    low, high = max(low, least), min(high, most)
     if low == high == statistic.null and statistic.null in statistic.band:
         reason = "equal in every run, so that nothing was put to the test"
         return "inconclusive", reason, estimate, low, high
@@ -830,7 +840,9 @@ def ledger_rows(verdicts: Iterable[Verdict] | None = None) -> list[dict[str, str
             "claim": one.claim.id,
             "paper": PAPERS[one.claim.paper],
             "statement": one.claim.statement,
-            "the paper": "; ".join(f"{_minus(p.value)} ({p.mark})" for p in one.claim.published),
+            "the paper": "; ".join(
+                f"{with_minus(p.value)} ({p.mark})" for p in one.claim.published
+            ),
             "ours": _ours(one),
             "scale": _scale(one),
             "verdict": one.verdict,
@@ -848,7 +860,7 @@ def ledger_markdown(verdicts: Iterable[Verdict] | None = None) -> str:
     its paper and verdict as data attributes, which ``_static/ledger.js`` filters by.
     """
     verdicts = current_verdicts() if verdicts is None else list(verdicts)
-    lines = [":::::{list-table}", ":class: ledger", ":header-rows: 1", ":widths: 13 34 22 16 15"]
+    lines = [":::::{list-table}", ":class: ledger", ":header-rows: 1", ":widths: 11 33 20 18 18"]
     heads = ("Claim", "Statement", "The paper's number", "Ours", "Verdict")
     lines += ["", *_cells([[head] for head in heads])]
     for one, row in zip(verdicts, ledger_rows(verdicts), strict=True):
@@ -863,7 +875,10 @@ def ledger_markdown(verdicts: Iterable[Verdict] | None = None) -> str:
                     f"{{doc}}`chapter </{claim.chapter}>`",
                 ],
                 [claim.statement, *([f"*{claim.note}*"] if claim.note else [])],
-                [f'{_minus(p.value)} <span class="mark">{p.mark}</span>' for p in claim.published],
+                [
+                    f'{with_minus(p.value)} <span class="mark">{p.mark}</span>'
+                    for p in claim.published
+                ],
                 [*row["ours"].split("; "), *([f"*{row['scale']}*"] if one.records else [])],
                 [f'<span class="verdict verdict-{kind}">{verdict}</span>', row["because"]],
             ]
@@ -874,12 +889,13 @@ def ledger_markdown(verdicts: Iterable[Verdict] | None = None) -> str:
 def ledger_summary(verdicts: Iterable[Verdict] | None = None) -> str:
     """How many claims of each paper have which verdict, as a Markdown table."""
     verdicts = current_verdicts() if verdicts is None else list(verdicts)
-    columns = [v for v in reversed(VERDICTS) if any(one.verdict == v for one in verdicts)]
-    lines = [f"| paper | claims | {' | '.join(columns)} |", "|---" * (len(columns) + 2) + "|"]
-    for paper, title in PAPERS.items():
-        mine = [one.verdict for one in verdicts if one.claim.paper == paper]
-        counts = " | ".join(str(mine.count(verdict)) for verdict in columns)
-        lines.append(f"| {title} | {len(mine)} | {counts} |")
+    found = {paper: [v.verdict for v in verdicts if v.claim.paper == paper] for paper in PAPERS}
+    lines = [f"| | {' | '.join(PAPERS.values())} |", "|---" + "|--:" * len(PAPERS) + "|"]
+    for verdict in reversed(VERDICTS):
+        counts = [mine.count(verdict) for mine in found.values()]
+        if any(counts):
+            lines.append(f"| {verdict} | {' | '.join(map(str, counts))} |")
+    lines.append(f"| claims | {' | '.join(str(len(mine)) for mine in found.values())} |")
     return "\n".join(lines) + "\n"
 
 
@@ -894,8 +910,12 @@ def _cells(cells: list[list[str]]) -> list[str]:
     return lines
 
 
-def _minus(text: str) -> str:
-    """The text with minus signs for the hyphens before digits."""
+def with_minus(text: str) -> str:
+    """The text with minus signs for the hyphens before digits.
+
+    >>> with_minus("-0.5 [-1e-3, +2] at AVX-512")
+    '−0.5 [−1e-3, +2] at AVX-512'
+    """
     return re.sub(r"(?<!\w)-(?=\d)", "−", text)
 
 
@@ -916,7 +936,7 @@ def _result(result: Result) -> str:
     if not math.isnan(width):
         text += f" [{result.low:{sign}.{decimals}f}, {result.high:{sign}.{decimals}f}]"
     name = f"{statistic.of}: " if statistic.of else ""
-    return f"{name}{_minus(text)} {statistic.unit}".rstrip()
+    return f"{name}{with_minus(text)} {statistic.unit}".rstrip()
 
 
 def _scale(verdict: Verdict) -> str:
@@ -929,5 +949,4 @@ def _scale(verdict: Verdict) -> str:
     for run in runs:
         arms.setdefault((run.profile, run.variant), set()).add(run.seed)
     seeds = min(map(len, arms.values()))
-    devices = "; ".join(dict.fromkeys(run.provenance.device for run in runs))
-    return f"{profiles}, {seeds} seed{'s' * (seeds != 1)}, {devices}"
+    return f"{profiles}, {seeds} seed{'s' * (seeds != 1)}, {devices_of(runs)}"

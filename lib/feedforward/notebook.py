@@ -23,6 +23,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from feedforward import plotting
+from feedforward.claims import with_minus
 from feedforward.memory import reuse_memory
 from feedforward.profiles import Profile, check_parameters, unknown
 from feedforward.records import Record, describe_device
@@ -191,7 +192,7 @@ class Table:
         scope = ' scope="col"' if tag == "th" else ""
         sides = ' style="text-align:left"', ' style="text-align:right"'
         marked = (
-            f"<{tag}{scope}{sides[right]}>{html.escape(cell)}</{tag}>"
+            f"<{tag}{scope}{sides[right]}>{html.escape(with_minus(cell))}</{tag}>"
             for cell, right in zip(cells, self.numeric, strict=True)
         )
         return f"<tr>{''.join(marked)}</tr>"

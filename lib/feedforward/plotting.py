@@ -16,7 +16,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 from matplotlib.colors import to_rgb
 
-from feedforward.records import Record
+from feedforward.records import Record, devices_of
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes
@@ -495,7 +495,7 @@ def _origin(records: list[Record]) -> str:
         words.append(
             "–".join(f"{n:,}" for n in dict.fromkeys((lengths[0], lengths[-1]))) + " steps"
         )
-    words.append("; ".join(dict.fromkeys(record.provenance.device for record in records)))
+    words.append(devices_of(records))
     threads = sorted({record.provenance.threads for record in records})
     if len(threads) == 1:
         words.append(f"{threads[0]} thread{'s' * (threads[0] != 1)}")

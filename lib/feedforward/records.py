@@ -23,7 +23,7 @@ import subprocess
 import sys
 import textwrap
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from functools import cache
@@ -38,6 +38,7 @@ SCHEMA = 1
 
 T = TypeVar("T")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._+-]*")
+_TRADE_MARKS = re.compile(r"\((R|TM)\)| Processor\b")  # in the names of processors
 _LIBRARIES = ("torch", "transformers", "numpy", "feedforward")
 
 
@@ -404,7 +405,18 @@ def describe_device(device: Any = "cpu") -> str:
         return f"{platform.processor() or 'Apple'} GPU"
     facts = _processor()
     model = facts.get("model name") or platform.processor() or platform.machine()
+    model = _TRADE_MARKS.sub("", model)
     return f"{model}, {f'bf16 by {bf16}' if (bf16 := _processor_bf16()) else 'no bf16'}"
+
+
+def devices_of(records: Iterable[Record]) -> str:
+    """The devices that records were made on, each once, for captions and the ledger.
+
+    As in "AMD EPYC (bf16 by AVX-512) and Intel Xeon (no bf16)".
+    """
+    named = (_TRADE_MARKS.sub("", record.provenance.device).partition(", ") for record in records)
+    words = (f"{name} ({ability})" if ability else name for name, _, ability in named)
+    return " and ".join(dict.fromkeys(words))
 
 
 def has_fast_bf16(device: Any = "cpu") -> bool:
