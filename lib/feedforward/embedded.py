@@ -12,8 +12,9 @@ from feedforward.augment.lexicon import default_lexicon
 from feedforward.lm.data import DATASETS, Source, load_text
 from feedforward.packages import PackageFiles, registry
 from feedforward.profiles import unknown
-from feedforward.qa.data import SPLITS, load_questions
+from feedforward.qa.data import load_questions
 from feedforward.qa.embedded.files import SOURCES
+from feedforward.qa.schema import SPLITS
 
 TEXT = "embedded-text"
 QUESTIONS = "embedded-questions"

@@ -13,7 +13,7 @@ from tokenizers import (
 )
 from transformers import PreTrainedTokenizerFast
 
-from feedforward.qa.data import Answer, Question
+from feedforward.qa.schema import Answer, Question
 
 WORDS = [
     *("ada", "lovelace", "wrote", "the", "first", "program", "for", "an", "engine", "in", "1843"),

@@ -9,8 +9,10 @@ from pathlib import Path
 
 import pytest
 
+from feedforward.files import DataError
 from feedforward.qa import data
-from feedforward.qa.data import Answer, DataError, Question, load_questions, load_squad, problems_of
+from feedforward.qa.data import load_questions, load_squad
+from feedforward.qa.schema import Answer, Question, problems_of
 
 SPLITS = data.SPLITS
 

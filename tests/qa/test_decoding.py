@@ -11,9 +11,9 @@ import torch
 from transformers import BertConfig, BertForQuestionAnswering
 
 from feedforward import load_questions, score
-from feedforward.qa.data import Answer, Question
 from feedforward.qa.decoding import Span, best_answers, decode, read
 from feedforward.qa.features import prepare
+from feedforward.qa.schema import Answer, Question
 
 from .conftest import random_questions
 

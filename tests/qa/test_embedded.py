@@ -9,11 +9,13 @@ import types
 import pytest
 
 from feedforward.augment.sentences import split_sentences
+from feedforward.files import DataError
 from feedforward.qa import embedded
-from feedforward.qa.data import SPLITS, DataError, load_questions, problems_of
+from feedforward.qa.data import load_questions
 from feedforward.qa.embedded import bible, countries, files, glosses, plays, reports, wikipedia
 from feedforward.qa.embedded.asking import Asker
 from feedforward.qa.embedded.draft import Draft, choose, ordered, take, unambiguous
+from feedforward.qa.schema import SPLITS, problems_of
 
 DUMP = """<page><title>Ada Lovelace</title><text xml:space="preserve">
 '''Ada Lovelace''' was an English poet.&lt;ref&gt;A book.&lt;/ref&gt; She was clever and quick.

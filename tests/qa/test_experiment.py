@@ -12,12 +12,12 @@ import transformers
 from feedforward import records
 from feedforward.augment.back_translation import TranslationCache
 from feedforward.augment.lexicon import Lexicon
-from feedforward.files import cache_directory
+from feedforward.files import DataError, cache_directory
 from feedforward.layers.experts import MoE
 from feedforward.profiles import load_experiment
 from feedforward.qa import accounting, runs, stages
 from feedforward.qa.accounting import memory, plan, reader_cost, training_flops
-from feedforward.qa.data import Answer, DataError, Question, Questions
+from feedforward.qa.data import Questions
 from feedforward.qa.evaluation import (
     Decoding,
     Usage,
@@ -37,6 +37,7 @@ from feedforward.qa.runs import (
     trace_routing,
     trained_reader,
 )
+from feedforward.qa.schema import Answer, Question
 from feedforward.qa.stages import (
     Augmentation,
     Stage,

@@ -6,8 +6,9 @@ import torch
 from tokenizers import processors
 from transformers import BertConfig, BertForQuestionAnswering, CanineTokenizer
 
-from feedforward.qa.data import Answer, DataError, Question
+from feedforward.files import DataError
 from feedforward.qa.features import Batches, evaluation_batches, prepare
+from feedforward.qa.schema import Answer, Question
 
 from .conftest import WORDS, random_questions
 

@@ -80,7 +80,7 @@ def augment_questions(
 
     Args:
         questions: Dataclasses with ``id``, ``context`` and ``answers``, each answer with ``text``
-            and ``start`` (characters), as :class:`feedforward.qa.data.Question`.
+            and ``start`` (characters), as :class:`feedforward.qa.schema.Question`.
         augmenter: What makes a new text of a :class:`ProtectedText`, for instance :class:`EDA`.
             One with a method ``many(texts, rngs)`` that gives a list of :class:`Rewritten` is
             asked for many at once.

@@ -9,11 +9,11 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from feedforward.layers.experts import MoE, collect_routing
-from feedforward.qa.data import Question
 from feedforward.qa.decoding import best_answers, read
 from feedforward.qa.features import Features, prepare
 from feedforward.qa.metrics import ItemScores, item_scores
 from feedforward.qa.model import ReaderMixture, ReaderOutput
+from feedforward.qa.schema import Question
 from feedforward.training import bf16_products
 
 

@@ -14,8 +14,9 @@ import numpy as np
 import torch
 from tokenizers import Tokenizer
 
+from feedforward.files import DataError
 from feedforward.profiles import unknown
-from feedforward.qa.data import DataError, Question, problems_of
+from feedforward.qa.schema import Question, problems_of
 
 WITHOUT_ANSWER = ("cls", "drop")
 
@@ -151,7 +152,7 @@ def prepare(
     Explained in ``book/robust-qa/01-task-and-gap``.
 
     Args:
-        questions: Each checked again (see `feedforward.qa.data.problems_of`).
+        questions: Each checked again (see `feedforward.qa.schema.problems_of`).
         tokenizer: A fast tokenizer of transformers. Truncation and padding that were saved with it
             are not used, and not changed.
         length: Tokens of a window at most, the special ones included.

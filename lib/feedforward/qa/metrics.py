@@ -9,7 +9,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from feedforward.profiles import unknown
-from feedforward.qa.data import Question
+from feedforward.qa.schema import Question
 
 METRICS = ("f1", "em")
 
@@ -160,7 +160,7 @@ def score(
 
     Explained in ``book/robust-qa/01-task-and-gap``.
 
-    >>> from feedforward.qa.data import Answer
+    >>> from feedforward.qa.schema import Answer
     >>> answers = (Answer("Ada Lovelace", 7),)
     >>> question = Question("1", "Who was it?", "It was Ada Lovelace.", answers, "demo")
     >>> score({"1": "Lovelace"}, [question])

@@ -26,7 +26,7 @@ from feedforward.layers.cost import count
 from feedforward.layers.experts import collect_routing
 from feedforward.layers.routing import load_balancing_loss
 from feedforward.profiles import resolve_device
-from feedforward.qa.data import Question, Questions, load_questions
+from feedforward.qa.data import Questions, load_questions
 from feedforward.qa.evaluation import (
     Decoding,
     Measured,
@@ -46,6 +46,7 @@ from feedforward.qa.model import (
     build_reader,
     load_tokenizer,
 )
+from feedforward.qa.schema import Question
 from feedforward.qa.stages import Stage, expert_parameters, stage_questions, subsample
 from feedforward.records import (
     Provenance,

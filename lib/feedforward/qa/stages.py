@@ -19,10 +19,12 @@ from feedforward.augment.back_translation import Apertium, BackTranslation, Mari
 from feedforward.augment.eda import EDA, StrippedEDA
 from feedforward.augment.lexicon import Senses, wordnet
 from feedforward.augment.questions import Augmented, augment_as_released, augment_questions
+from feedforward.files import DataError
 from feedforward.layers.experts import MoE
 from feedforward.profiles import unknown
-from feedforward.qa.data import DataError, Question, Questions
+from feedforward.qa.data import Questions
 from feedforward.qa.model import ReaderMixture
+from feedforward.qa.schema import Question
 from feedforward.training import TrainingConfig
 
 _SPLITS = {

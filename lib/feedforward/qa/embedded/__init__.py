@@ -40,11 +40,11 @@ from types import MappingProxyType
 from filelock import FileLock
 
 from feedforward.augment.sentences import split_sentences
-from feedforward.files import atomic_write, cache_directory
-from feedforward.qa.data import SPLITS, Answer, DataError, Question
+from feedforward.files import DataError, atomic_write, cache_directory
 from feedforward.qa.embedded import bible, countries, files, glosses, plays, reports, wikipedia
 from feedforward.qa.embedded.asking import Asker
 from feedforward.qa.embedded.draft import Draft, ordered, take
+from feedforward.qa.schema import SPLITS, Answer, Question
 
 INDOMAIN = ("wiki", "report", "search")
 OUTDOMAIN = ("relation", "plots", "exam")
