@@ -605,6 +605,8 @@ def test_ledger_shows_ours_with_interval_scale_and_hardware():
     assert rows[0]["scale"] == "cpu, 3 seeds, a test processor"
     negative = ledger_rows(verdicts([claim(difference())], arm("a", [-1.5]) + arm("b", [0.0])))
     assert negative[0]["ours"] == "−1.500"
+    nothing = ledger_rows(verdicts([claim(difference())], arm("a", [-1e-9]) + arm("b", [0.0])))
+    assert nothing[0]["ours"] == "+0.000"
 
 
 def test_summary_counts_each_claim_once(book):

@@ -932,9 +932,10 @@ def _result(result: Result) -> str:
     width = result.high - result.low
     # two figures of the width; but rounding errors are not worth a line of zeros
     decimals = min(5, max(0, 1 - math.floor(math.log10(width)))) if width > 0 else 3
-    text = f"{result.estimate:{sign}.{decimals}f}"
+    form = f"{sign}z.{decimals}f"  # z: what rounds to zero has no minus
+    text = f"{result.estimate:{form}}"
     if not math.isnan(width):
-        text += f" [{result.low:{sign}.{decimals}f}, {result.high:{sign}.{decimals}f}]"
+        text += f" [{result.low:{form}}, {result.high:{form}}]"
     name = f"{statistic.of}: " if statistic.of else ""
     return f"{name}{with_minus(text)} {statistic.unit}".rstrip()
 
