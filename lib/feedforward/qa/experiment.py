@@ -2,9 +2,9 @@
 
 Every arm is a reader of one form that is trained on the in-domain questions, and then, except
 where its name ends in ``-zero-shot``, on the few out-of-domain ones. All arms of a profile have the
-same number of steps at the same batch in each stage (``mixed`` has those of both in one), whatever
-their augmentation adds to the windows: what is compared is what is seen, not how much. The chapters
-of ``book/robust-qa`` explain them.
+same number of steps at the same batch in each stage (``mixed`` has those of both in one, and where
+a name ends in ``-long`` the second has more), whatever their augmentation adds to the windows: what
+is compared is what is seen, not how much. The chapters of ``book/robust-qa`` explain them.
 
 At the profile ``cpu`` the in-domain sets are sampled, for training and for scoring, so that the
 arms with three seeds fit in a few hours: as many questions of each set, one of every passage before
@@ -59,6 +59,7 @@ ARCHITECTURES: Mapping[str, Mapping[str, Any]] = {
     "mixture": {"form": "mixture", "experts": 3},
     "dense-matched": {"form": "dense-head", "experts": 8, "match": "total"},
 }
+_LONGER = ("tuned", "moe", "eda", "back-translation")
 _REPEATS = 5  # answers of a reader that may answer differently each time
 # of the released reader: how its gate starts, and its capacity without the factor k
 _RELEASED_GATE = 1.0
@@ -78,6 +79,7 @@ class _Scale:
         translates: Whether back translation is among the arms; it needs an engine.
         engine: Which one.
         evaluations: Points at which weights may be chosen.
+        longer: Steps of the second stage of the arms ``-long``; None for no such arms.
     """
 
     inside: Stage
@@ -88,6 +90,7 @@ class _Scale:
     translates: bool = True
     engine: str = "apertium"
     evaluations: int = 7
+    longer: int | None = None
 
     def arm(self, variant: str, reader: Mapping[str, Any], *stages: Stage, **changes):
         made = ReaderConfig(**{**self.reader, **reader})
@@ -132,6 +135,8 @@ def _arms(scale: _Scale) -> list[QuestionAnsweringConfig]:
         scale.tuned("moe-frozen", moe, frozen_experts=True),
     ]
     arms += _augmented(scale, dense, moe)
+    if scale.longer is not None:
+        arms += _longer(scale, arms)
     limited = {**moe, **_CAPACITY}
     padded = {**limited, "route_padding": True}
     sure = {**moe, "gate_std": _RELEASED_GATE}
@@ -174,6 +179,17 @@ def _augmented(scale: _Scale, dense, moe) -> list[QuestionAnsweringConfig]:
         }
     arms = [scale.tuned(name, dense, augmentations=those) for name, those in made.items()]
     return [*arms, scale.tuned("moe-eda", moe, augmentations=(_eda(),))]
+
+
+def _longer(scale: _Scale, arms: list[QuestionAnsweringConfig]) -> list[QuestionAnsweringConfig]:
+    """Some of the arms with a longer second stage, in which examples come back more often."""
+    made = []
+    for arm in arms:
+        if arm.variant in _LONGER:
+            first, second = arm.stages
+            second = replace(second, training=replace(second.training, steps=scale.longer))
+            made.append(replace(arm, variant=f"{arm.variant}-long", stages=(first, second)))
+    return made
 
 
 # --- the profiles -------------------------------------------------------------------------------
@@ -220,6 +236,7 @@ _CPU = _Scale(
         **_OURS,
     ),
     config={"source": LOCAL, "scored_inside": 250},
+    longer=350,
 )
 _GPU = _Scale(
     **_stages(
