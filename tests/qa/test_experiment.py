@@ -631,7 +631,9 @@ def test_every_arm_that_the_claims_need_is_in_the_grid():
 
 @pytest.mark.parametrize("profile", ["smoke", "cpu", "gpu"])
 def test_the_arms_of_a_profile_have_equal_steps(profile):
-    arms = grid("robust-qa", profile)
+    arms = {
+        name: arm for name, arm in grid("robust-qa", profile).items() if not name.endswith("-long")
+    }
     shapes = {
         tuple((s.training.steps, s.batch, s.training.lr) for s in a.stages) for a in arms.values()
     }
@@ -641,6 +643,21 @@ def test_the_arms_of_a_profile_have_equal_steps(profile):
     # every architecture, what changes both stages, and nothing else begins differently
     assert len(firsts) == 7 + 7
     assert len({a.source for a in arms.values()}) == 1
+
+
+def test_a_longer_arm_differs_in_the_steps_of_its_second_stage_alone():
+    arms = grid("robust-qa", "cpu")
+    longer = {name: arm for name, arm in arms.items() if name.endswith("-long")}
+    assert set(longer) == {"tuned-long", "moe-long", "eda-long", "back-translation-long"}
+    steps = {arm.stages[1].training.steps for arm in longer.values()}
+    short = arms["tuned"].stages[1].training
+    assert steps == {5 * short.steps}
+    for name, arm in longer.items():
+        first, second = arm.stages
+        again = replace(second, training=replace(second.training, steps=short.steps))
+        of = name.removesuffix("-long")
+        assert replace(arm, variant=of, stages=(first, again)) == arms[of]
+    assert not any(name.endswith("-long") for name in grid("robust-qa", "gpu"))
 
 
 def test_a_defect_differs_from_its_reference_in_that_alone():
