@@ -5,6 +5,7 @@ import json
 import os
 import sys
 import time
+from collections.abc import Iterable
 from datetime import UTC, datetime
 from pathlib import Path
 
@@ -103,12 +104,24 @@ def presentable(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
         for noise in ("papermill", "execution", "ExecuteTime"):
             cell.metadata.pop(noise, None)
         if cell.cell_type == "code":
-            cell.outputs = [o for o in cell.outputs if o.get("name") != "stderr"]
+            cell.outputs = _joined(o for o in cell.outputs if o.get("name") != "stderr")
         kept.append(cell)
     notebook.cells = kept
     notebook.metadata.pop("papermill", None)
     notebook.metadata.pop("widgets", None)
     return notebook
+
+
+def _joined(outputs: Iterable[nbformat.NotebookNode]) -> list[nbformat.NotebookNode]:
+    """The outputs with what was printed in one go in one: a kernel sends it in pieces."""
+    kept: list[nbformat.NotebookNode] = []
+    for output in outputs:
+        last = kept[-1] if kept else None
+        if last and last.output_type == output.output_type == "stream" and last.name == output.name:
+            last.text += output.text
+        else:
+            kept.append(output)
+    return kept
 
 
 def run_of(provenance: Provenance, profile: str) -> dict:
