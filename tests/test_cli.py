@@ -11,6 +11,7 @@ import pytest
 import torch
 
 from feedforward import cli, embedded, profiles
+from feedforward.claims import current_verdicts, ledger_summary
 from feedforward.cli import main
 from feedforward.profiles import EXPERIMENTS, Plan
 from feedforward.records import Provenance, Record, load_records, result_path
@@ -283,6 +284,12 @@ def test_claims_lists_the_ledger(capsys):
     assert lines[0].split()[:2] == ["claim", "verdict"]
     assert len(lines) > 1
     assert all(line.startswith("ffn-") for line in lines[1:])
+
+
+def test_claims_sums_up_the_ledger(capsys):
+    status, out, _ = call(capsys, "claims", "--summary", "--verdict", "exact")
+    assert status == 0
+    assert out == ledger_summary(v for v in current_verdicts() if v.verdict == "exact")
 
 
 def test_data_is_checked_with_progress_and_checksums(capsys):

@@ -4,8 +4,10 @@ import re
 from pathlib import Path
 
 from feedforward import LowRank
+from feedforward.claims import ledger_summary
 
-README = (Path(__file__).resolve().parents[1] / "README.md").read_text()
+ROOT = Path(__file__).resolve().parents[1]
+README = (ROOT / "README.md").read_text()
 
 
 def test_every_example_runs(capsys):
@@ -22,3 +24,16 @@ def test_every_example_runs(capsys):
 def test_the_share_that_it_prints_is_right():
     share = LowRank.weight_count(768, 3072, rank=192) / (768 * 3072)
     assert f"{100 * share:.0f} % of its weights" in README
+
+
+def test_the_summary_is_the_ledgers():
+    shown = README.partition("claims --summary -->\n")[2].partition("<!-- end")[0]
+    assert shown == ledger_summary(), (
+        "put what `feedforward claims --summary` prints into README.md"
+    )
+
+
+def test_the_pictures_are_there():
+    pictures = re.findall(r"!\[[^\]]{20,}\]\(([^)]+)\)", README)
+    assert len(pictures) == 3
+    assert all((ROOT / picture).is_file() for picture in pictures)

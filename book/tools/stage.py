@@ -4,6 +4,7 @@ import argparse
 import json
 import shutil
 import sys
+from collections.abc import Iterable
 from pathlib import Path
 
 import nbformat
@@ -11,6 +12,8 @@ import yaml
 
 from feedforward import claims
 from feedforward.files import atomic_write
+from feedforward.profiles import EXPERIMENTS
+from feedforward.records import Record, devices_of, load_records
 from notebooks import BOOK, ROOT, find_notebooks
 from steps import BUILD, StepFailed, step
 
@@ -54,6 +57,9 @@ def stage(profile: str, executed: list[Path]) -> dict[str, str]:
         "ledger": claims.ledger_markdown,
         "ledger-summary": claims.ledger_summary,
         "runs": lambda: runs_table(runs),
+        "recorded": lambda: recorded_table(
+            record for experiment in EXPERIMENTS for record in load_records(experiment)
+        ),
     }
     for name, page in content.items():
         if name.endswith(".md"):
@@ -94,6 +100,28 @@ def runs_table(runs: dict[str, nbformat.NotebookNode]) -> str:
         cells = [f"[](/{name})", run["profile"], f"{run['seconds']:.1f}", hardware, versions]
         rows.append("| " + " | ".join([*cells, run["date"][:16].replace("T", " "), commit]) + " |")
     return "\n".join(rows)
+
+
+def recorded_table(records: Iterable[Record]) -> str:
+    """What was recorded: one row for each experiment and profile, in the order of the records."""
+    found: dict[tuple[str, str], list[Record]] = {}
+    for record in records:
+        found.setdefault((record.experiment, record.profile), []).append(record)
+    head = "| experiment | profile | arms | runs | hours | hardware | from | to |"
+    rows = [head, "|---|---|--:|--:|--:|---|---|---|"]
+    for (experiment, profile), runs in found.items():
+        arms = len({run.variant for run in runs})
+        dates = sorted(run.provenance.date[:10] for run in runs)
+        cells = [f"`{experiment}`", profile, arms, len(runs), _hours(runs), devices_of(runs)]
+        rows.append("| " + " | ".join(map(str, [*cells, dates[0], dates[-1]])) + " |")
+    every = [run for runs in found.values() for run in runs]
+    rows.append(f"| all | | | {len(every)} | {_hours(every)} | | | |")
+    return "\n".join(rows)
+
+
+def _hours(runs: list[Record]) -> str:
+    hours = sum(run.provenance.seconds for run in runs) / 3600
+    return f"{hours:.1f}" if hours >= 0.05 else "< 0.1"
 
 
 def settings(text: str) -> str:

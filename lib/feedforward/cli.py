@@ -170,6 +170,9 @@ def list_(
 def claims(
     paper: Annotated[str | None, typer.Option(help="Only this paper's: its short name.")] = None,
     verdict: Annotated[str | None, typer.Option(help="Only those with this verdict.")] = None,
+    summary: Annotated[
+        bool, typer.Option("--summary", help="Only how many have which verdict, in Markdown.")
+    ] = False,
 ) -> None:
     """Show the ledger: every claim, the paper's number, ours, and the verdict."""
     from feedforward import claims as ledger
@@ -183,6 +186,9 @@ def claims(
         for one in ledger.current_verdicts()
         if paper in (None, one.claim.paper) and verdict in (None, one.verdict)
     ]
+    if summary:
+        print(ledger.ledger_summary(chosen), end="")
+        return
     columns = ("claim", "verdict", "scale", "because", "ours", "the paper")
     rows = ledger.ledger_rows(chosen)
     _table(columns, [[row[column] for column in columns] for row in rows])

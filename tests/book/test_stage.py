@@ -2,6 +2,7 @@
 
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import nbformat
 import pytest
@@ -66,3 +67,24 @@ def test_the_table_of_runs_says_what_a_reader_asks(dirty, shown):
         assert text in table
     assert shown in table
     assert "not executed yet" in table.splitlines()[-1]
+
+
+def test_the_table_of_recorded_runs_adds_up():
+    def record(experiment, variant, seed, seconds, device, date):
+        provenance = SimpleNamespace(seconds=seconds, device=device, date=date)
+        return SimpleNamespace(
+            experiment=experiment, profile="cpu", variant=variant, seed=seed, provenance=provenance
+        )
+
+    _head, _rule, one, two, every = stage.recorded_table(
+        [
+            record("one", "dense", 0, 3600.0, "a processor, no bf16", "2026-01-03T00:00:00+00:00"),
+            record("one", "dense", 1, 1800.0, "another, no bf16", "2026-01-02T00:00:00+00:00"),
+            record("one", "moe", 0, 1800.0, "another, no bf16", "2026-01-04T00:00:00+00:00"),
+            record("two", "dense", 0, 360.0, "another, no bf16", "2026-01-05T00:00:00+00:00"),
+        ]
+    ).splitlines()
+    devices = "a processor (no bf16) and another (no bf16)"
+    assert one == f"| `one` | cpu | 2 | 3 | 2.0 | {devices} | 2026-01-02 | 2026-01-04 |"
+    assert two.startswith("| `two` | cpu | 1 | 1 | 0.1 | another (no bf16) |")
+    assert every == "| all | | | 4 | 2.1 | | | |"
