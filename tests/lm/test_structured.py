@@ -31,11 +31,14 @@ GROUPS = {
     "dense": [arm for arm in FFNS if arm != "dense"],
     "dense-w64": ["lowrank-63-w64", "lowrank-32-w64"],
     "dense-w96": ["lowrank-63-w96", "lowrank-32-w96"],
-    "dense-w160": ["lowrank-63-w160", "lowrank-32-w160"],
+    "dense-w160": [f"{arm}-w160" for arm in FFNS if arm != "dense"],
     "dense-w64-fp32": ["lowrank-63-w64-fp32", "lowrank-32-w64-fp32"],
 }
 EQUAL_FLOPS = {
     "dense": [f"{arm}-{form}" for arm in STRUCTURED_32 for form in ("guided", "equal-flops")],
+    "dense-w160": [
+        f"{arm}-{form}-w160" for arm in STRUCTURED_32 for form in ("guided", "equal-flops")
+    ],
     "gqa": ["gqa-small", "wide-structured", "wide-structured-guided"],
     "gqa-overtrained": [
         "gqa-small-overtrained",

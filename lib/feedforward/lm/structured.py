@@ -273,7 +273,7 @@ def _structured_ffn(profile: str) -> list[LanguageModelConfig]:
             *_curves(_width(_CPU, 64, suffix="-w64")),
             *_curves(_width(_CPU, 96, suffix="-w96")),
             # the largest, for processors without bf16; and what the precision itself changes
-            *_curves(_width(_CPU, 160, suffix="-w160", precision="fp32")),
+            *_compared(_width(_CPU, 160, suffix="-w160", precision="fp32")),
             *_curves(_width(_CPU, 64, suffix="-w64-fp32", precision="fp32")),
             *_wide(_width(_CPU, 128)),
             *_wide(_width(_CPU, 64, 60, "-overtrained")),
@@ -361,10 +361,10 @@ def grid(part: str, profile: str) -> dict[str, LanguageModelConfig]:
 
     ``structured-ffn``: dense and structured models at equal tokens; the structured ones of 32 %
     also at the dense model's FLOPs, with self-guided training (``-guided``) and with more tokens
-    (``-equal-flops``); further widths (``-w64``), one also in another precision (``-fp32``);
-    grouped queries against wide and structured models and a small dense control, and all of them
-    ``-overtrained``. At `paper` the paper's sizes (``-s``, ``-m``, ``-l``, ``-xl``), 512 sequences
-    a step on eight GPUs.
+    (``-equal-flops``); all of them at a larger width (``-w160``) and some at smaller ones
+    (``-w64``), one also in another precision (``-fp32``); grouped queries against wide and
+    structured models and a small dense control, and all of them ``-overtrained``. At `paper` the
+    paper's sizes (``-s``, ``-m``, ``-l``, ``-xl``), 512 sequences a step on eight GPUs.
     ``structured-ffn-stability``: a width of 64 at the learning rates of `RATES`, the starts of
     LowRank, and forms of self-guided training over the first half.
 
