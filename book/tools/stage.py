@@ -20,6 +20,15 @@ from steps import BUILD, StepFailed, step
 STAGE = BUILD / "stage"
 #: what the book shows or needs of files that live elsewhere in the checkout
 BORROWED = {"changes.md": "CHANGELOG.md", "data.md": "data/README.md", "_toc.yml": "_toc.yml"}
+#: of the page of runs, each with its rule in Markdown
+RUN_COLUMNS = {
+    "profile": "---",
+    "seconds": "--:",
+    "hardware": "---",
+    "versions": "---",
+    "date": "---",
+    "commit": "---",
+}
 
 
 def main() -> None:
@@ -44,7 +53,9 @@ def stage(profile: str, executed: list[Path]) -> dict[str, str]:
     notebooks = find_notebooks()
     shown = {n.name: fresh.get(n.name, ROOT / n.stored) for n in notebooks}
     pairs = {ROOT / file for n in notebooks for file in (n.source, n.stored)}
-    runs = {name: nbformat.read(path, as_version=4) for name, path in shown.items()}
+    contents = (ROOT / "_toc.yml").read_text()
+    in_order = sorted(shown, key=contents.find)
+    runs = {name: nbformat.read(shown[name], as_version=4) for name in in_order}
 
     content: dict[str, bytes] = {}
     for path in sorted(BOOK.rglob("*")):
@@ -85,21 +96,38 @@ def hide_plumbing(notebook: nbformat.NotebookNode) -> nbformat.NotebookNode:
 
 
 def runs_table(runs: dict[str, nbformat.NotebookNode]) -> str:
-    """The page of runs: one row a notebook, from the facts noted when it was executed."""
-    head = "| chapter | profile | seconds | hardware | versions | date | commit |"
-    rows = [head, "|---|---|--:|---|---|---|---|"]
-    for name, notebook in runs.items():
-        run = notebook.metadata.get("feedforward")
-        if not run:
-            rows.append(f"| [](/{name}) | not executed yet | | | | | |")
-            continue
-        versions = ", ".join(f"{k} {v}" for k, v in run["versions"].items())
-        commit = f"`{run['commit'][:7]}`" if run["commit"] else "none"
-        commit += " (changed)" if run["dirty"] else ""
-        hardware = f"{run['device']}, {run['threads']} threads"
-        cells = [f"[](/{name})", run["profile"], f"{run['seconds']:.1f}", hardware, versions]
-        rows.append("| " + " | ".join([*cells, run["date"][:16].replace("T", " "), commit]) + " |")
-    return "\n".join(rows)
+    """The page of runs: one row a notebook, from the facts noted when it was executed.
+
+    What would be the same in every row of a wide column is said once, above the table.
+    """
+    rows = {name: _run_row(book.metadata.get("feedforward")) for name, book in runs.items()}
+    executed = [row for row in rows.values() if row]
+    shared = {
+        column: executed[0][column]
+        for column in ("hardware", "versions")
+        if executed and len({row[column] for row in executed}) == 1
+    }
+    columns = {name: rule for name, rule in RUN_COLUMNS.items() if name not in shared}
+    lines = [f"Every chapter: {'; '.join(shared.values())}.", ""] if shared else []
+    lines += [f"| chapter | {' | '.join(columns)} |", f"|---|{'|'.join(columns.values())}|"]
+    for name, row in rows.items():
+        shown = row or dict.fromkeys(columns, "") | {"profile": "not executed yet"}
+        lines.append(f"| [](/{name}) | {' | '.join(shown[column] for column in columns)} |")
+    return "\n".join(lines)
+
+
+def _run_row(run: dict | None) -> dict[str, str] | None:
+    if not run:
+        return None
+    commit = f"`{run['commit'][:7]}`" if run["commit"] else "none"
+    return {
+        "profile": run["profile"],
+        "seconds": f"{run['seconds']:.1f}",
+        "hardware": f"{run['device']}, {run['threads']} threads",
+        "versions": ", ".join(f"{name} {version}" for name, version in run["versions"].items()),
+        "date": run["date"][:16].replace("T", " "),
+        "commit": commit + (" (changed)" if run["dirty"] else ""),
+    }
 
 
 def recorded_table(records: Iterable[Record]) -> str:

@@ -49,24 +49,43 @@ def test_the_parameters_and_the_setup_are_folded_and_nothing_else():
     assert hidden == [True, True, False]
 
 
-@pytest.mark.parametrize(("dirty", "shown"), [(False, "`abcdef0`"), (True, "(changed)")])
+RUN = {
+    "profile": "smoke",
+    "seconds": 12.34,
+    "device": "a processor",
+    "threads": 2,
+    "versions": {"torch": "2.13.0"},
+    "commit": "abcdef0123456789",
+    "dirty": False,
+    "date": "2026-01-02T03:04:05+00:00",
+}
+
+
+def executed(**facts):
+    return nbformat.v4.new_notebook(metadata={"feedforward": RUN | facts})
+
+
+@pytest.mark.parametrize(
+    ("dirty", "shown"), [(False, "`abcdef0` |"), (True, "`abcdef0` (changed)")]
+)
 def test_the_table_of_runs_says_what_a_reader_asks(dirty, shown):
-    run = {
-        "profile": "smoke",
-        "seconds": 12.34,
-        "device": "a processor",
-        "threads": 2,
-        "versions": {"torch": "2.13.0"},
-        "commit": "abcdef0123456789",
-        "dirty": dirty,
-        "date": "2026-01-02T03:04:05+00:00",
-    }
-    notebook = nbformat.v4.new_notebook(metadata={"feedforward": run})
-    table = stage.runs_table({"part/01-one": notebook, "part/02-two": nbformat.v4.new_notebook()})
-    for text in ("smoke", "12.3", "a processor, 2 threads", "torch 2.13.0", "2026-01-02 03:04"):
-        assert text in table
-    assert shown in table
-    assert "not executed yet" in table.splitlines()[-1]
+    table = stage.runs_table(
+        {"part/01-one": executed(dirty=dirty), "part/02-two": nbformat.v4.new_notebook()}
+    )
+    shared, _, _head, _rule, one, two = table.splitlines()
+    assert shared == "Every chapter: a processor, 2 threads; torch 2.13.0."
+    for text in ("[](/part/01-one)", "smoke", "12.3", "2026-01-02 03:04", shown):
+        assert text in one
+    assert "not executed yet" in two
+
+
+def test_the_table_of_runs_keeps_a_column_whose_rows_differ():
+    table = stage.runs_table({"one": executed(), "two": executed(device="another")})
+    shared, _, head, _rule, one, two = table.splitlines()
+    assert shared == "Every chapter: torch 2.13.0."
+    assert "| hardware |" in head
+    assert "a processor, 2 threads" in one
+    assert "another, 2 threads" in two
 
 
 def test_the_table_of_recorded_runs_adds_up():
