@@ -660,6 +660,12 @@ def test_a_longer_arm_differs_in_the_steps_of_its_second_stage_alone():
     assert not any(name.endswith("-long") for name in grid("robust-qa", "gpu"))
 
 
+def test_the_twin_differs_in_its_name_alone():
+    arms = grid("robust-qa", "cpu")
+    assert replace(arms["tuned-twin"], variant="tuned") == arms["tuned"]
+    assert "tuned-twin" not in grid("robust-qa", "gpu")
+
+
 def test_a_defect_differs_from_its_reference_in_that_alone():
     arms = grid("robust-qa", "cpu")
 

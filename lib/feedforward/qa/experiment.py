@@ -80,6 +80,8 @@ class _Scale:
         engine: Which one.
         evaluations: Points at which weights may be chosen.
         longer: Steps of the second stage of the arms ``-long``; None for no such arms.
+        twin: Whether ``tuned-twin`` is among the arms: ``tuned`` under another name, to be run on
+            another kind of machine.
     """
 
     inside: Stage
@@ -91,6 +93,7 @@ class _Scale:
     engine: str = "apertium"
     evaluations: int = 7
     longer: int | None = None
+    twin: bool = False
 
     def arm(self, variant: str, reader: Mapping[str, Any], *stages: Stage, **changes):
         made = ReaderConfig(**{**self.reader, **reader})
@@ -137,6 +140,8 @@ def _arms(scale: _Scale) -> list[QuestionAnsweringConfig]:
     arms += _augmented(scale, dense, moe)
     if scale.longer is not None:
         arms += _longer(scale, arms)
+    if scale.twin:
+        arms.append(scale.tuned("tuned-twin", dense))
     limited = {**moe, **_CAPACITY}
     padded = {**limited, "route_padding": True}
     sure = {**moe, "gate_std": _RELEASED_GATE}
@@ -237,6 +242,7 @@ _CPU = _Scale(
     ),
     config={"source": LOCAL, "scored_inside": 250},
     longer=350,
+    twin=True,
 )
 _GPU = _Scale(
     **_stages(
