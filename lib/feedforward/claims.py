@@ -603,7 +603,7 @@ def _judge(statistic: Statistic, arms: _Arms) -> tuple[str, str, float, float, f
     shared = sorted(set.intersection(*seeds))
     if len(shared) >= LEAST_SEEDS:
         table = np.array([[sum(g[s] for g in gs.values()) for gs in values] for s in shared])
-        mean, parts = table.mean(axis=0), [(_covariance(table), len(shared) - 1)]
+        mean, over_seeds = table.mean(axis=0), [(_covariance(table), len(shared) - 1)]
     else:
         fewest = min(map(len, seeds))
         if fewest < LEAST_SEEDS:
@@ -616,12 +616,15 @@ def _judge(statistic: Statistic, arms: _Arms) -> tuple[str, str, float, float, f
             estimate = _estimate(statistic, _means(values)) if fewest else math.nan
             return "inconclusive", reason, estimate, math.nan, math.nan
         shared = []
-        mean, parts = _means(values), _independent(values)
-    if items := _item_covariance(components, arms, shared, logarithm):
-        parts.append(items)
+        mean, over_seeds = _means(values), _independent(values)
+    items = _item_covariance(components, arms, shared, logarithm)
 
     estimate = _estimate(statistic, mean)
-    low, high = _interval(statistic, mean, sum(part for part, _ in parts), _quantile(parts))
+    low, high = _interval(statistic, mean, over_seeds)
+    if items:
+        # more variance can also make it narrower, by more degrees of freedom: the wider one holds
+        both = (low, high), _interval(statistic, mean, [*over_seeds, items])
+        (low, _), (_, high) = np.min(both, axis=0).tolist(), np.max(both, axis=0).tolist()
     if not low <= high:
         return "inconclusive", "no gap is established", estimate, math.nan, math.nan
     least, most = statistic.possible
@@ -714,9 +717,10 @@ def _estimate(statistic: Statistic, mean: np.ndarray) -> float:
 
 
 def _interval(
-    statistic: Statistic, mean: np.ndarray, covariance: np.ndarray, quantile: float
+    statistic: Statistic, mean: np.ndarray, parts: list[tuple[np.ndarray, int]]
 ) -> tuple[float, float]:
     """The ends of the interval; NaN for a gap that is itself not above zero."""
+    covariance, quantile = sum(part for part, _ in parts), _quantile(parts)
     if statistic.kind == "gap":
         (gone, whole), (v, c, w) = mean, (covariance[0, 0], covariance[0, 1], covariance[1, 1])
         a = whole**2 - quantile**2 * w
