@@ -274,7 +274,9 @@ def test_every_profile_has_the_arms_at_equal_training(profile):
     arms = grid("adamoe", profile)
     tuned = {name: arm for name, arm in arms.items() if arm.tuning}
     assert tuned.keys() == ARMS.keys()
+    untuned = tuned.pop("adamoe-untuned")
     assert len({(arm.policy, arm.parent, arm.tuning.training) for arm in tuned.values()}) == 1
+    assert untuned.parent == tuned["adamoe"].parent
     assert all(name == arm.variant for name, arm in arms.items())
     table = plan(profile, arms.values())
     assert len(table.rows) == len(arms)
@@ -293,6 +295,15 @@ def test_further_parts_have_some_of_the_arms_under_their_own_name(part, profile)
     assert all(arm.policy.cameras == len(arm.images.cameras) for arm in arms.values() if arm.images)
     with pytest.raises(ValueError, match=f"{part} has no setting for 'paper'.*smoke, cpu"):
         grid(part, "paper")
+
+
+def test_the_untuned_arm_is_its_parent_with_copies_for_experts():
+    tuning = grid("adamoe", "smoke")["adamoe-untuned"].tuning
+    metrics = run(replace(CONFIG, tuning=tuning), progress=False, device="cpu").metrics
+    assert metrics["last loss"] == pytest.approx(metrics["first loss"], abs=1e-6)
+    assert metrics["loss with other experts"] == pytest.approx(metrics["last loss"], abs=1e-6)
+    parent = run(replace(CONFIG, tuning=Tuning(TRAINING)), progress=False, device="cpu").metrics
+    assert metrics["first loss"] == pytest.approx(parent["first loss"], abs=1e-6)
 
 
 def test_the_recorded_scale_is_large_enough():

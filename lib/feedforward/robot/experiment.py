@@ -45,7 +45,8 @@ __all__ = [
 
 #: What distinguishes the tuning of each arm; ``dense-parent`` has none. ``dense-matched`` has as
 #: many parameters as ``single-expert`` in all and as ``adamoe`` active, ``dense-matched-total`` as
-#: ``adamoe`` in all, routers and adapters left out.
+#: ``adamoe`` in all, routers and adapters left out. ``adamoe-untuned`` is the parent's function with
+#: copies for experts and routers that never learned: what their choices tell, chance tells.
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "dense": {},
     "adamoe": {"ffn": "adamoe"},
@@ -62,7 +63,10 @@ ARMS: Mapping[str, Mapping[str, Any]] = {
     "dense-matched-total": {"match": 5},
     "adamoe-preserved": {"ffn": "adamoe", "preserve": True},
     "adamoe-released": {"ffn": "adamoe", "shared_weight": 0.5},
+    "adamoe-untuned": {"ffn": "adamoe", "preserve": True, "tuned": False},
 }
+# of an arm that stays what it starts as: one step, too small for float32 to notice
+_UNTUNED = {"steps": 1, "lr": 1e-12, "warmup": 0}
 
 
 @dataclass(frozen=True)
@@ -94,8 +98,11 @@ class _Scale:
             given = dict(ARMS[variant])
             if match := given.pop("match", None):
                 given["hidden"] = match * self.policy.hidden
+            training = self.tuning
+            if not given.pop("tuned", True):
+                training = replace(training, **_UNTUNED)
             tuning = Tuning(
-                self.tuning, switch=self.switch, router_warmup=self.router_warmup, **given
+                training, switch=self.switch, router_warmup=self.router_warmup, **given
             )
             arms[variant] = replace(parent, variant=variant, tuning=tuning)
         return arms
