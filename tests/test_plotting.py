@@ -385,3 +385,10 @@ def test_caption_says_where_numbers_come_from():
         "Dots: live, profile smoke, seed 7, 640 steps, a test processor, 2 threads, 2025-03-04."
     )
     assert plotting.caption() == ""
+
+
+def test_caption_does_not_lend_the_seeds_of_one_arm_to_another():
+    three = [record("moe", seed, [1.0]) for seed in range(3)]
+    five = [record("dense", seed, [1.0]) for seed in range(5)]
+    assert "3 to 5 seeds" in plotting.caption([*three, *five])
+    assert ", 5 seeds" in plotting.caption(five)

@@ -486,9 +486,7 @@ def caption(recorded: Record | Iterable[Record] = (), live: Record | Iterable[Re
 def _origin(records: list[Record]) -> str:
     """Scale, seeds, steps, hardware and date of records, in words."""
     profiles = "/".join(sorted({record.profile for record in records}))
-    seeds = sorted({record.seed for record in records})
-    words = [f"profile {profiles}"]
-    words.append(f"seed {seeds[0]}" if len(seeds) == 1 else f"{len(seeds)} seeds")
+    words = [f"profile {profiles}", _seeds(records)]
     training = [record.config.get("training") or record.config for record in records]
     lengths = sorted({int(config["steps"]) for config in training if config.get("steps")})
     if lengths:
@@ -502,6 +500,17 @@ def _origin(records: list[Record]) -> str:
     days = sorted({record.provenance.date[:10] for record in records})
     words.append(" to ".join(dict.fromkeys((days[0], days[-1]))))
     return ", ".join(words)
+
+
+def _seeds(records: list[Record]) -> str:
+    """Which seed, or how many: from the arm with the fewest to that with the most."""
+    seeds: dict[str, set[int]] = {}
+    for record in records:
+        seeds.setdefault(record.variant, set()).add(record.seed)
+    if len(every := set.union(*seeds.values())) == 1:
+        return f"seed {every.pop()}"
+    counts = [len(own) for own in seeds.values()]
+    return " to ".join(map(str, dict.fromkeys((min(counts), max(counts))))) + " seeds"
 
 
 def _points(record: Record, curve: str, x: str, y: str) -> tuple[list[float], list[float]]:

@@ -101,9 +101,7 @@ class _Scale:
             training = self.tuning
             if not given.pop("tuned", True):
                 training = replace(training, **_UNTUNED)
-            tuning = Tuning(
-                training, switch=self.switch, router_warmup=self.router_warmup, **given
-            )
+            tuning = Tuning(training, switch=self.switch, router_warmup=self.router_warmup, **given)
             arms[variant] = replace(parent, variant=variant, tuning=tuning)
         return arms
 
