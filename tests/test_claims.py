@@ -212,7 +212,14 @@ def test_a_run_without_a_number_is_not_left_out(broken):
     records = arm("a", [3.0, 3.0, 3.0, broken]) + arm("b", [0.0] * 4)
     verdict = judge(difference(), records)
     assert verdict.verdict == "inconclusive"
-    assert verdict.reason == "score of a at seed 3 is not finite"
+    assert verdict.reason == "score of a at seed 3 is missing or not finite"
+
+
+def test_a_run_that_lacks_the_metric_is_not_left_out():
+    lacking = record("a", 3, 1.0, metric="another")
+    verdict = judge(difference(), [*arm("a", [3.0] * 3), lacking, *arm("b", [0.0] * 4)])
+    assert verdict.verdict == "inconclusive"
+    assert verdict.reason == "score of a at seed 3 is missing or not finite"
 
 
 def test_two_records_of_one_run_are_refused():
@@ -319,6 +326,39 @@ def test_items_widen_the_interval_by_their_own_variance():
     without = [dataclasses.replace(r, metrics={"score": r.metrics["score"]}) for r in records]
     (bare,) = judge(difference(), without).results
     assert bare.high - bare.low == pytest.approx(0.0, abs=1e-9)
+
+
+def test_items_never_make_the_interval_narrower():
+    """Their degrees of freedom would, where seeds scatter more than items."""
+    rng = np.random.default_rng(7)
+    b = items_of(rng, 100, 50.0)
+    records = [with_items("b", s, b) for s in range(3)]
+    for seed, shift in enumerate((0.0, 4.0, 8.0)):
+        moved = {q: score + shift + rng.normal(0, 20) for q, score in b.items()}
+        records.append(with_items("a", seed, moved))
+    bare = [dataclasses.replace(r, metrics={"score": r.metrics["score"]}) for r in records]
+    (full,), (seeds,) = judge(difference(), records).results, judge(difference(), bare).results
+    assert (full.low, full.high) == pytest.approx((seeds.low, seeds.high))
+
+
+@pytest.mark.parametrize(
+    ("spoil", "reason"),
+    [
+        (lambda items: None, "only some of the runs have the scores of single items"),
+        (
+            lambda items: {f"other {q}": score for q, score in items.items()},
+            "the runs of a were not scored on the same items",
+        ),
+    ],
+)
+def test_runs_that_differ_in_their_items_decide_nothing(spoil, reason):
+    rng = np.random.default_rng(8)
+    a, b = items_of(rng, 50, 90.0), items_of(rng, 50, 10.0)
+    records = [with_items("a", s, a) for s in range(3)] + [with_items("b", s, b) for s in range(3)]
+    assert judge(difference(), records).verdict == "reproduced"
+    records[2] = record("a", 2, records[2].metrics["score"], items=spoil(a))
+    verdict = judge(difference(), records)
+    assert (verdict.verdict, verdict.reason) == ("inconclusive", reason)
 
 
 def test_items_are_paired_over_the_arms():

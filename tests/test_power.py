@@ -1,5 +1,6 @@
 """What would decide a comparison, against simulated experiments."""
 
+import dataclasses
 import math
 
 import numpy as np
@@ -120,11 +121,29 @@ class TestWouldDecide:
         same = self.noisy(3, 20)
         assert "equal in every run" in would_decide(judged(same, same))
 
+    @pytest.mark.parametrize("kind", ["gap", "slope"])
+    def test_what_is_no_difference_of_two_arms_says_so(self, kind):
+        runs = self.noisy(3, 20)
+        result = dataclasses.replace(
+            judged(runs, self.noisy(3, 20)).weakest, verdict="inconclusive"
+        )
+        statistic = dataclasses.replace(
+            result.statistic, kind=kind, variant=("a", "c"), target=("b",)
+        )
+        verdict = dataclasses.replace(
+            judged(runs, runs), results=(dataclasses.replace(result, statistic=statistic),)
+        )
+        assert would_decide(verdict) == "more seeds: the statistic is no difference of two arms"
+
     def test_a_value_is_told_from_the_end_of_its_band(self):
         runs = [[50.0, 50.0], [60.0, 60.0], [40.0, 40.0]]
         options = {"kind": "value", "reference": (), "against": 45.0, "band": (45.0, math.inf)}
         verdict = judged(runs, [], **options)
         assert verdict.verdict == "inconclusive"
         assert would_decide(verdict) == f"to tell 50 from 45: {needed(10, 5)} seeds"
+        uncertain = [[0.0, 100.0] * 20 + [50.0] * more for more in (1, 2, 3)]
+        uncertain = [scores[:40] for scores in uncertain]
+        by_items = would_decide(judged(uncertain, [], **options), items="attempts")
+        assert by_items == f"to tell 50 from 45: {needed(50.637, 5):,} attempts with 3 seeds"
         alike = judged([[50.0, 50.0]] * 3, [], **(options | {"band": (50.0, math.inf)}))
         assert would_decide(alike).startswith("other seeds")

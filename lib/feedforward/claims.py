@@ -99,9 +99,9 @@ class Statistic:
         kind: ``value`` (mean of a metric), ``difference`` (variant minus reference), ``ratio``
             (variant over reference), ``relative`` (the ratio's gain in percent), ``contrast``
             (any weighted sum of metrics), ``gap`` (share of the way from reference to target that
-            the variant goes), ``slope`` (of the metric per decade of ``x`` over the variants of a
-            list, minus the same of the reference list) or ``exact`` (printed numbers against
-            those that a function counts).
+            the variant goes, of a metric that falls on that way, as a loss does), ``slope`` (of the
+            metric per decade of ``x`` over the variants of a list, minus the same of the reference
+            list) or ``exact`` (printed numbers against those that a function counts).
         experiment: the experiment whose records are read.
         band: ``(low, high)``, either end may be infinite.
         of: a short name, shown where a claim has more than one statistic.
@@ -439,7 +439,8 @@ def compare(
         reference: what it is compared with.
         metric: the name of a number in the records' metrics.
         kind: ``"difference"``, ``"ratio"``, ``"relative"`` (in percent), or ``"gap"``: the share of
-            the way from `reference` to `target` that `variant` goes.
+            the way from `reference` to `target` that `variant` goes, of a metric that falls on
+            that way.
         target: of a ``gap``.
 
     Returns:
@@ -594,7 +595,7 @@ def _judge(statistic: Statistic, arms: _Arms) -> tuple[str, str, float, float, f
                 value = term.value([arms[arm][seed] for arm in term.arms], logarithm)
                 if not math.isfinite(value):
                     what = f"{term.metric} of {', '.join(term.arms)} at seed {seed}"
-                    reason = f"{what} is not {'positive and ' * logarithm}finite"
+                    reason = f"{what} is missing or not {'positive and ' * logarithm}finite"
                     return "inconclusive", reason, math.nan, math.nan, math.nan
                 group[seed] += term.weight * value
         values.append(groups)
@@ -617,9 +618,10 @@ def _judge(statistic: Statistic, arms: _Arms) -> tuple[str, str, float, float, f
             return "inconclusive", reason, estimate, math.nan, math.nan
         shared = []
         mean, over_seeds = _means(values), _independent(values)
-    items = _item_covariance(components, arms, shared, logarithm)
-
     estimate = _estimate(statistic, mean)
+    if reason := _what_items_lack(components, arms, shared):
+        return "inconclusive", reason, estimate, math.nan, math.nan
+    items = _item_covariance(components, arms, shared, logarithm)
     low, high = _interval(statistic, mean, over_seeds)
     if items:
         # more variance can also make it narrower, by more degrees of freedom: the wider one holds
@@ -656,12 +658,31 @@ def _independent(values: list[dict]) -> list[tuple[np.ndarray, int]]:
     return parts
 
 
+def _item_scores(term: _Term, arms: _Arms, seeds: list[int]) -> list[tuple[Record, dict]]:
+    """The runs of a term, each with its scores of single items; empty where it has none."""
+    runs = [run for seed, run in arms[term.arms[0]].items() if seed in seeds or not seeds]
+    return [(run, run.metrics.get("items", {}).get(term.metric) or {}) for run in runs]
+
+
+def _what_items_lack(components: list[list[_Term]], arms: _Arms, seeds: list[int]) -> str:
+    """Why the luck of the items cannot be told, where some runs have their scores."""
+    terms = [term for terms in components for term in terms if not term.x]
+    scores = {term: [one for _, one in _item_scores(term, arms, seeds)] for term in terms}
+    have = [bool(one) for own in scores.values() for one in own]
+    if any(have) and not all(have):
+        return "only some of the runs have the scores of single items"
+    for term, own in scores.items():
+        if len({frozenset(one) for one in own}) > 1:
+            return f"the runs of {term.arms[0]} were not scored on the same items"
+    return ""
+
+
 def _item_covariance(
     components: list[list[_Term]], arms: _Arms, seeds: list[int], logarithm: bool
 ) -> tuple[np.ndarray, int] | None:
     """The covariance that comes from the choice of items, by a bootstrap paired over the arms.
 
-    None where a record lacks scores of single items. Arms that were scored on the same items are
+    None where records have no scores of single items. Arms that were scored on the same items are
     resampled together.
     """
     draws: dict[tuple[str, ...], np.ndarray] = {}
@@ -669,13 +690,12 @@ def _item_covariance(
     for terms in components:
         total = 0.0
         for term in terms:
-            runs = [run for s, run in arms[term.arms[0]].items() if s in seeds or not seeds]
-            scores = [run.metrics.get("items", {}).get(term.metric) for run in runs]
-            if term.x or not all(scores) or len({frozenset(one) for one in scores}) > 1:
+            scored = [] if term.x else _item_scores(term, arms, seeds)
+            if not scored or not scored[0][1]:
                 return None
-            ids = tuple(sorted(scores[0]))
-            means = np.array([[one[name] for name in ids] for one in scores])
-            for run, row in zip(runs, means, strict=True):
+            ids = tuple(sorted(scored[0][1]))
+            means = np.array([[one[name] for name in ids] for _, one in scored])
+            for (run, _), row in zip(scored, means, strict=True):
                 if not math.isclose(
                     row.mean(), run.metrics[term.metric], rel_tol=1e-3, abs_tol=1e-6
                 ):
@@ -779,7 +799,10 @@ def structured_cost(cell: str) -> float:
 
 
 def _by_profile(statistic: Statistic, records: Iterable[Record]) -> dict[str, _Arms]:
-    """The runs that a statistic can use, at each profile at which every arm has one."""
+    """The runs that a statistic can use, at each profile at which every arm has one.
+
+    Of an arm with the metrics at some seed all runs are used: none is left out for lacking them.
+    """
     needed: dict[str, set[str]] = {arm: set() for arm in statistic.arms}
     for terms in _components(statistic):
         for term in terms:
@@ -790,7 +813,7 @@ def _by_profile(statistic: Statistic, records: Iterable[Record]) -> dict[str, _A
         arm = record.variant
         if record.experiment != statistic.experiment or record.profile not in found:
             continue
-        if arm in needed and needed[arm] <= record.metrics.keys():
+        if arm in needed:
             runs = found[record.profile].setdefault(arm, {})
             if record.seed in runs:
                 raise ClaimError(
@@ -798,7 +821,15 @@ def _by_profile(statistic: Statistic, records: Iterable[Record]) -> dict[str, _A
                     f"{record.seed} (keys {runs[record.seed].key}, {record.key}); keep one"
                 )
             runs[record.seed] = record
-    return {profile: arms for profile, arms in found.items() if arms.keys() == needed.keys()}
+    usable = {
+        profile: {
+            arm: runs
+            for arm, runs in arms.items()
+            if any(needed[arm] <= run.metrics.keys() for run in runs.values())
+        }
+        for profile, arms in found.items()
+    }
+    return {profile: arms for profile, arms in usable.items() if arms.keys() == needed.keys()}
 
 
 def _largest(runs: Mapping[str, _Arms]) -> _Arms:

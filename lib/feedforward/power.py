@@ -115,8 +115,8 @@ def would_decide(verdict: Verdict, *, items: str = "questions", power: float = 0
     if math.isnan(result.low):
         return result.reason
     if result.statistic.kind == "value":
-        return _beside_the_band(result, power)
-    if not (result.statistic.variant and result.statistic.reference):
+        return _beside_the_band(result, items, power)
+    if result.statistic.kind not in ("difference", "ratio", "relative"):
         return "more seeds: the statistic is no difference of two arms"
     runs, over_runs, over_items, count = _luck(result)
     if runs < 2:
@@ -124,27 +124,48 @@ def would_decide(verdict: Verdict, *, items: str = "questions", power: float = 0
     if not over_runs and not over_items:
         return "another test: the arms are equal in every run"
     gain = _least(result)
+    ways = _ways(gain, runs, over_runs, over_items, count, items, power)
+    return f"to prove {gain:.2g}: {', or '.join(ways)}"
+
+
+def _beside_the_band(result: Result, items: str, power: float) -> str:
+    """What tells a mean from the nearest end of the band, if it stays where it is."""
+    metric = result.statistic.metric
+    values = [record.metrics[metric] for record in result.records]
+    tables = [record.metrics.get("items", {}).get(metric) for record in result.records]
+    end = min(result.statistic.band, key=lambda end: abs(end - result.estimate))
+    gap, over_runs = end - result.estimate, float(np.std(values, ddof=1))
+    over_items, count = 0.0, 1
+    if all(tables):
+        single = np.mean([[table[name] for name in sorted(table)] for table in tables], axis=0)
+        over_items, count = float(single.std(ddof=1)), len(single)
+    if not gap or not (over_runs or over_items):
+        return "other seeds: these are all alike, or on the end of the band"
+    ways = _ways(gap, len(values), over_runs, over_items, count, items, power)
+    return f"to tell {result.estimate:.2g} from {end:g}: {', or '.join(ways)}"
+
+
+def _ways(
+    gain: float,
+    runs: int,
+    over_runs: float,
+    over_items: float,
+    count: int,
+    items: str,
+    power: float,
+) -> list[str]:
+    """More seeds, more items or, where neither alone would do, a pair of both."""
     ways = []
     if more := runs_needed(gain, over_runs, over_items, count, power=power):
         # the normal law is used, and a few runs have Student's
-        ways.append(f"{max(more, runs + 1):,} seeds on these {items}")
+        on = f" on these {items}" if over_items else ""
+        ways.append(f"{max(more, runs + 1):,} seeds{on}")
     if over_items and (more := items_needed(gain, over_runs, over_items, runs, power=power)):
         ways.append(f"{more:,} {items} with {runs} seeds")
     if not ways:
         half = [needed(math.sqrt(2) * x, gain, power=power) for x in (over_runs, over_items)]
         ways.append(f"{half[0]:,} seeds and {half[1]:,} {items}")
-    return f"to prove {gain:.2g}: {', or '.join(ways)}"
-
-
-def _beside_the_band(result: Result, power: float) -> str:
-    """How many seeds tell a mean from the nearest end of the band, if it stays where it is."""
-    values = [record.metrics[result.statistic.metric] for record in result.records]
-    end = min(result.statistic.band, key=lambda end: abs(end - result.estimate))
-    gap, spread = end - result.estimate, float(np.std(values, ddof=1))
-    if not gap or not spread:
-        return "other seeds: these are all alike, or on the end of the band"
-    seeds = max(needed(spread, gap, power=power), len(values) + 1)
-    return f"to tell {result.estimate:.2g} from {end:g}: {seeds:,} seeds"
+    return ways
 
 
 def _both(level: float, power: float) -> float:

@@ -45,8 +45,8 @@ __all__ = [
 
 #: What distinguishes the tuning of each arm; ``dense-parent`` has none. ``dense-matched`` has as
 #: many parameters as ``single-expert`` in all and as ``adamoe`` active, ``dense-matched-total`` as
-#: ``adamoe`` in all, routers and adapters left out. ``adamoe-untuned`` is the parent's function with
-#: copies for experts and routers that never learned: what their choices tell, chance tells.
+#: ``adamoe`` in all, routers and adapters left out. ``adamoe-untuned`` is the parent's function
+#: with copies for experts and routers that never learned: what their choices tell, chance tells.
 ARMS: Mapping[str, Mapping[str, Any]] = {
     "dense": {},
     "adamoe": {"ffn": "adamoe"},
