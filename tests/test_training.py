@@ -25,8 +25,10 @@ from feedforward.training import (
     TrainingError,
     bf16_products,
     checkpoints,
+    load_weights,
     loop,
     precision,
+    save_weights,
     seed_everything,
     train,
 )
@@ -533,3 +535,13 @@ def test_two_processes_do_what_one_does_with_twice_the_batch(tmp_path):
         for name, value in alone.items():
             torch.testing.assert_close(state[name], value, rtol=1e-4, atol=1e-6)
     assert list(home.iterdir()) == []  # nothing is configured or left there
+
+
+def test_weights_are_loaded_whole_or_not_at_all(tmp_path):
+    theirs = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 1))
+    save_weights(theirs, tmp_path / "weights.safetensors")
+    ours = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 2))  # a bias of one number would fit
+    before = [p.clone() for p in ours.parameters()]
+    with pytest.raises(ValueError, match=r"another model: 2 tensors differ.*\(1,\) there, \(2,\)"):
+        load_weights(ours, tmp_path / "weights.safetensors")
+    assert all(map(torch.equal, before, ours.parameters()))

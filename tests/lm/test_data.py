@@ -416,6 +416,13 @@ def test_evaluation_predicts_each_token_once(count):
     assert all(torch.equal(t, i + 1) for i, t in pairs)
 
 
+@pytest.mark.parametrize("limit", [None, 80])
+def test_a_text_shorter_than_a_window_is_evaluated_too(limit):
+    tokens = np.arange(6, dtype=np.uint16)
+    (pair,) = data.evaluation_batches(tokens, batch=4, context=8, limit=limit)
+    assert [part.tolist() for part in pair] == [[[0, 1, 2, 3, 4]], [[1, 2, 3, 4, 5]]]
+
+
 def test_evaluation_on_a_part_spreads_over_the_text():
     tokens = np.arange(10_000, dtype=np.uint16)
     pairs = list(data.evaluation_batches(tokens, batch=4, context=8, limit=80))

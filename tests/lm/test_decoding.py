@@ -115,9 +115,33 @@ def test_the_mode_of_the_model_is_kept_whatever_happens(monkeypatch):
     assert not model.training
     model.train()
     monkeypatch.setattr(decoding, "sample", lambda *_, **__: 1 / 0)
+    model.blocks[0].eval()
     with pytest.raises(ZeroDivisionError):
         generate(model, rows, 8)
     assert model.training
+    assert not any(module.training for module in model.blocks[0].modules())
+
+
+def test_the_least_temperature_and_one_token_are_greedy():
+    logits = torch.randn(2000, 500, generator=seeded()).bfloat16()  # with equal ones
+    greedy = logits.argmax(-1)
+    assert torch.equal(sample(logits, top_k=1), greedy)
+    distinct = torch.stack([torch.randperm(50, generator=seeded(s)) for s in range(20)]).float()
+    assert torch.equal(sample(distinct, temperature=1e-50), distinct.argmax(-1))
+
+
+def test_no_more_tokens_than_were_asked_for_are_drawn_from():
+    drawn = torch.cat([sample(torch.zeros(200, 9), top_k=2, generator=seeded(s)) for s in range(9)])
+    assert len(drawn.unique()) == 2
+
+
+@pytest.mark.parametrize(
+    "options", [{"temperature": -1e-3}, {"temperature": math.inf}, {"top_k": 0}, {"top_p": 0.0}]
+)
+def test_sampling_refuses_what_has_no_meaning(options):
+    (name,) = options
+    with pytest.raises(ValueError, match=f"{name} is"):
+        sample(torch.randn(2, 5), **options)
 
 
 def test_a_row_ends_at_the_stop_token():

@@ -378,8 +378,9 @@ def _count_module(model: nn.Module, dtype: torch.dtype | None) -> Cost:
             use(parameter, part)
             if parameter.dim() >= 2 and key not in ("b_in", "b_out"):
                 flops += int(2 * part * parameter.numel())
-        for key, child in module.named_children():
-            visit(child, f"{name}.{key}" if name else key)
+        for key, child in module._modules.items():  # named_children leaves out what occurs again
+            if child is not None:
+                visit(child, f"{name}.{key}" if name else key)
 
     visit(model, "")
     return Cost(

@@ -633,8 +633,8 @@ def evaluation_batches(
         limit: At most about this many targets, in windows spread evenly over the text; None: all.
 
     Yields:
-        Inputs and targets, both (at most batch, context); the remainder of the text comes last,
-        as one shorter sequence.
+        Inputs and targets, both (at most batch, context); without a limit the remainder of the text
+        comes last, as one shorter sequence. A text too short for a window is such a remainder.
     """
     windows = (len(tokens) - 1) // context
     chosen = np.arange(windows)
@@ -647,6 +647,6 @@ def evaluation_batches(
         rows = torch.from_numpy(rows)
         yield rows[:, :-1], rows[:, 1:]
     rest = tokens[windows * context :].astype(np.int64)
-    if limit is None and len(rest) > 1:
+    if (limit is None or not windows) and len(rest) > 1:
         rest = torch.from_numpy(rest)[None]
         yield rest[:, :-1], rest[:, 1:]

@@ -70,14 +70,14 @@ def generate(
     """
     prompts, padding = _prompts(tokens, model)
     rows, start = prompts.shape
-    _check(model, rows, start, length, temperature, top_k, top_p, stop, generator)
+    _check(model, rows, start, length, stop, generator)
+    _check_draw(temperature, top_k, top_p)
     out = prompts.new_zeros(rows, start + length)
     out[:, :start] = prompts
     done = torch.zeros(rows, dtype=torch.bool, device=out.device)
     memory = [KeyValueCache(start + length) for _ in model.blocks] if cache else None
-    training = model.training
-    if training:
-        model.eval()
+    training = [module for module in model.modules() if module.training]
+    model.eval()
     try:
         for end in range(start, start + length):
             new = out[:, end - 1 : end] if cache and end > start else out[:, :end]
@@ -97,8 +97,8 @@ def generate(
                 out = out[:, : end + 1]
                 break
     finally:
-        if training:
-            model.train()
+        for module in training:
+            module.training = True
     if isinstance(tokens, Tensor):
         return out
     skipped = [0] * rows if padding is None else padding.tolist()
@@ -127,16 +127,21 @@ def sample(
     Returns:
         (B,) int64.
 
+    Raises:
+        ValueError: When a number is out of range.
+
     >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0)
     tensor([1])
     """
-    if temperature == 0:
+    _check_draw(temperature, top_k, top_p)
+    if temperature == 0 or top_k == 1:
         return logits.argmax(-1)
     logits = logits.float()
     if top_k is not None and top_k < logits.shape[-1]:
-        least = logits.topk(top_k).values[:, -1:]
-        logits = logits.masked_fill(logits < least, -torch.inf)
-    # the largest is 0, so that no temperature is too small
+        values, tokens = logits.topk(top_k)  # by place, for equal scores are common in bf16
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, tokens, values)
+    # the largest is 0, so that no temperature is too small that is not nothing in float32
+    temperature = max(temperature, torch.finfo(torch.float32).tiny)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     probabilities = logits.softmax(-1)
     if top_p is not None:
@@ -191,7 +196,7 @@ def _prompts(
     return prompts.long(), padding
 
 
-def _check(model, rows, start, length, temperature, top_k, top_p, stop, generator) -> None:
+def _check(model, rows, start, length, stop, generator) -> None:
     context, vocabulary = model.config.context, model.config.vocabulary
     if length < 0:
         raise ValueError(f"length is {length}; give how many tokens to add, from 0")
@@ -201,18 +206,21 @@ def _check(model, rows, start, length, temperature, top_k, top_p, stop, generato
             f"{context}: add at most {max(0, context - start)}, cut the prompt, or build the model "
             "with a longer context"
         )
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; give 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; give at least 1, or None")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; give a probability above 0, or None")
     if stop is not None and not 0 <= stop < vocabulary:
         raise ValueError(f"stop is {stop}; give a token from 0 to {vocabulary - 1}, or None")
     if isinstance(generator, Sequence) and len(generator) != rows:
         raise ValueError(
             f"there are {len(generator)} generators for {rows} rows; give one for each"
         )
+
+
+def _check_draw(temperature, top_k, top_p) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; give 0 (greedy) or more")
+    if top_k is not None and top_k < 1:
+        raise ValueError(f"top_k is {top_k}; give at least 1, or None")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; give a probability above 0, or None")
 
 
 def _end(row: Tensor, start: int, stop: int | None) -> int:

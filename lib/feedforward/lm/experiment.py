@@ -18,6 +18,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
+from feedforward.files import DataError
 from feedforward.layers.cost import HasShape, count
 from feedforward.layers.experts import MoE, collect_routing
 from feedforward.layers.guided import SCHEDULES, SelfGuided, advance, guide, release
@@ -341,9 +342,15 @@ def _train(
             f"{processes}: start it with torchrun --nproc-per-node {config.processes}"
         )
     text = _text(config)
+    context = config.model.context
+    for split in ("validation", "test"):
+        if (there := len(getattr(text, split))) < 2:
+            raise DataError(
+                f"the {split} text of {config.source!r} has {there} tokens, and a loss needs two: "
+                "give more text"
+            )
     seed_everything(config.seed)
     model = Decoder(config.model)
-    context = config.model.context
     if config.guidance is not None:
         start_guides(model, config.guidance)
     windows = partial(evaluation_batches, batch=4 * config.batch, context=context)

@@ -189,21 +189,28 @@ def save_weights(model: nn.Module, path: str | os.PathLike) -> None:
 
 
 def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
-    """Give a model the parameters that `save_weights` wrote.
+    """Give a model the parameters that `save_weights` wrote: all of them, or none.
 
     Raises:
         ValueError: if the file is damaged, or of a model with other parameters.
     """
     try:
         weights = load(Path(path).read_bytes())
-        own = dict(model.named_parameters())
-        if weights.keys() != own.keys():
-            raise ValueError(f"other names: {sorted(weights.keys() ^ own.keys())[:3]}")
-        with torch.no_grad():
-            for name, parameter in own.items():
-                parameter.copy_(weights[name])
-    except (SafetensorError, ValueError, RuntimeError) as error:
+    except SafetensorError as error:
         raise ValueError(f"{path} cannot be read ({error}). Delete it to train again.") from error
+    own = dict(model.named_parameters())
+    theirs, ours = ({n: tuple(p.shape) for n, p in ps.items()} for ps in (weights, own))
+    if theirs != ours:
+        different = [n for n in theirs | ours if theirs.get(n) != ours.get(n)]
+        name = min(different)
+        raise ValueError(
+            f"{path} holds the weights of another model: {len(different)} tensors differ, first "
+            f"{name!r}, {theirs.get(name, 'absent')} there, {ours.get(name, 'absent')} here. "
+            "Build the model that wrote it, or delete the file to train again."
+        )
+    with torch.no_grad():
+        for name, parameter in own.items():
+            parameter.copy_(weights[name])
 
 
 def _file(name: str) -> str:
