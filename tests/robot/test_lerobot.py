@@ -201,6 +201,19 @@ def test_episodes_that_do_not_fit_are_named(tmp_path, make_episodes):
         write(tmp_path / "set", [first])
 
 
+def test_a_folder_that_another_writes_meanwhile_is_left_to_it(tmp_path, make_episodes):
+    first, second, *_ = make_episodes(cameras=())
+
+    def slow():
+        yield first
+        write(tmp_path / "set", [second])
+
+    with pytest.raises(DataError, match=r"another process wrote .*set meanwhile"):
+        write(tmp_path / "set", slow())
+    assert np.array_equal(read_dataset(tmp_path / "set").state, second.state)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
+
+
 # --- video --------------------------------------------------------------------------------------
 
 

@@ -385,7 +385,14 @@ def write_dataset(
     try:
         _Writer(temporary, fps, state_names, action_names, robot).write(episodes, notes or {})
         temporary.chmod(0o755)  # mkdtemp makes private folders
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            if not folder.exists():
+                raise
+            raise DataError(
+                f"another process wrote {folder} meanwhile: give another folder, or delete it"
+            ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
