@@ -164,6 +164,8 @@ class Environment:
     body_names: tuple[str, ...] = ()
     #: How many arms these are of.
     arms: int = 1
+    #: Whether cameras show its scene, where something renders.
+    shows_images: bool = True
     #: Two pictures of the scene, each twice as wide as high.
     views: tuple[View, View] = (
         View("from the side", 1, 2, (-0.3, 1.3), (-0.05, 0.75)),
