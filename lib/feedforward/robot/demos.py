@@ -28,7 +28,14 @@ from tqdm import tqdm
 
 from feedforward.files import DataError, atomic_write
 from feedforward.profiles import unknown
-from feedforward.robot.lerobot import Clip, Episode, encode, read_dataset, write_dataset
+from feedforward.robot.lerobot import (
+    STILL,
+    Clip,
+    Episode,
+    encode,
+    read_dataset,
+    write_dataset,
+)
 from feedforward.robot.tasks import (
     CONTROL_HZ,
     Environment,
@@ -44,8 +51,6 @@ from feedforward.robot.tasks import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_CONSTANT = 1e-4  # a deviation below this is that of a number which stands still
 
 
 class CollectionError(RuntimeError):
@@ -80,8 +85,8 @@ class Statistics:
 
     @property
     def scale(self) -> np.ndarray:
-        """What to divide by: the deviation, or 1 for a number that stands still."""
-        return np.where(self.std < _CONSTANT, np.float32(1), self.std)
+        """What to divide by: the deviation, or 1 for a number that stands still (`STILL`)."""
+        return np.where(self.std < STILL, np.float32(1), self.std)
 
     def normalise(self, values):
         """Values (..., D), arrays or tensors, with mean 0 and deviation 1."""

@@ -313,6 +313,9 @@ def _row_group(path: Path, group: int, key: str):
 
 # --- statistics ---------------------------------------------------------------------------------
 
+STILL = 1e-4
+"""A number whose standard deviation is below this stands still in the data: it is not scaled."""
+
 
 def _statistics(values: np.ndarray) -> dict[str, list]:
     """Of (T, D) or (T,) numbers, over T, as stats.json has them."""
