@@ -3,6 +3,7 @@
 import io
 import json
 import sys
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +13,16 @@ from PIL import Image
 
 from feedforward.files import DataError
 from feedforward.robot import lerobot
-from feedforward.robot.lerobot import VideoError, decode, encode, read_dataset, write_dataset
+from feedforward.robot.demos import load_demonstrations
+from feedforward.robot.lerobot import (
+    Clip,
+    Episode,
+    VideoError,
+    decode,
+    encode,
+    read_dataset,
+    write_dataset,
+)
 
 KEY = "observation.images.front"
 
@@ -124,6 +134,72 @@ def test_datasets_of_hugging_face_load_the_tables_as_lerobot_does(stored):
     table = pq.read_table(stored / "data/chunk-000/file-000.parquet")
     assert table.cast(features.arrow_schema).num_rows == table.num_rows
     assert table.column_names == list(features)
+
+
+def test_single_numbers_are_a_plain_column_as_lerobot_has_them(tmp_path):
+    values = np.arange(5, dtype=np.float32)[:, None]
+    folder = write_dataset(
+        tmp_path / "set",
+        [Episode("turn", values, 2 * values, {})],
+        fps=10,
+        state_names=["angle"],
+        action_names=["effort"],
+    )
+    table = pq.read_table(folder / "data/chunk-000/file-000.parquet")
+    assert table.schema.field("observation.state").type == pa.float32()
+    found = read_dataset(folder)
+    assert np.array_equal(found.state, values)
+    assert np.array_equal(found.actions, 2 * values)
+    assert load_demonstrations(folder).action_statistics.mean.shape == (1,)
+
+
+@pytest.mark.parametrize("fps", [12.5, 29.97, 0.4])
+def test_a_rate_need_not_be_whole(tmp_path, make_episodes, fps):
+    folder = tmp_path / "set"
+    names = {"state_names": list("abcde"), "action_names": list("xyz")}
+    write_dataset(folder, make_episodes(), fps=fps, **names)
+    found = read_dataset(folder)
+    assert found.info["fps"] == fps
+    assert (shown(found.images["front"][:]) == np.arange(len(found.state)) % 64).all()
+
+
+@pytest.mark.parametrize("fps", [0, -3, float("nan"), None])
+def test_a_rate_must_be_positive(tmp_path, make_episodes, fps):
+    names = {"state_names": list("abcde"), "action_names": list("xyz")}
+    with pytest.raises(ValueError, match=r"fps is .*give a positive number"):
+        write_dataset(tmp_path / "set", make_episodes(cameras=()), fps=fps, **names)
+    with pytest.raises(ValueError, match="fps is"):
+        encode(np.zeros((2, 16, 16, 3), np.uint8), fps)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_clips_of_one_form_are_joined_and_others_refused(tmp_path, make_episodes):
+    first, second, *_ = make_episodes()
+
+    def clip(episode, fps=20, **more):
+        return encode(episode.images["front"], fps, **more)
+
+    def stored(name, *clips):
+        pairs = zip((first, second), clips, strict=True)
+        return write(tmp_path / name, [replace(it, images={"front": own}) for it, own in pairs])
+
+    good = clip(first)
+    longer = Clip(good.data, (len(first) + 1, 16, 16), good.histogram)
+    for other, message in (
+        (clip(second, 10), "episode 1 has a clip of front at 10 frames a second, and fps is 20"),
+        (clip(second, lossless=False), "episode 1 has a clip of front in another form .*yuv420p"),
+        (clip(first), r"episode 1 has parts of"),
+        (replace(clip(second), data=b"junk"), "cannot be read"),
+    ):
+        with pytest.raises(DataError, match=message):
+            stored("set", good, other)
+    with pytest.raises(DataError, match="episode 0 has parts of"):
+        stored("set", longer, clip(second))
+    with pytest.raises(DataError, match=r"episode 0 has a clip of front of \(\d+, 16, 16\) frames"):
+        stored("set", replace(clip(second), shape=good.shape), clip(second))
+    both = stored("lossy", *(clip(it, lossless=False) for it in (first, second)))
+    info = json.loads((both / "meta/info.json").read_text())["features"][KEY]["info"]
+    assert (info["video.codec"], info["video.pix_fmt"]) == ("h264", "yuv420p")
 
 
 def test_statistics_are_those_of_all_frames(stored, make_episodes):

@@ -15,13 +15,16 @@ What lerobot writes or the hub has in this format is read, too, whatever its key
 
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from fractions import Fraction
 from functools import cached_property, lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +109,16 @@ def encode(frames: np.ndarray, fps: float, *, lossless: bool = True) -> Clip:
 
     Args:
         frames: (T, H, W, 3) uint8; height and width must be even.
-        fps: Frames a second.
+        fps: Frames a second, whole or not.
         lossless: Give the same images back, for a policy that will be shown such images: what
             compression changes is as large to an encoder of images as what the robot moves. A
             simulator's take four times the space so. Browsers play the other form alone.
 
     Raises:
         VideoError: When there is no encoder.
-        ValueError: When the frames have another shape or type.
+        ValueError: When the frames have another shape or type, or `fps` is not positive.
     """
-    frames = np.asarray(frames)
+    frames, rate = np.asarray(frames), _rate(fps)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"frames are (T, H, W, 3) uint8, not {frames.shape} {frames.dtype}")
     count, height, width, _ = frames.shape
@@ -133,7 +136,7 @@ def encode(frames: np.ndarray, fps: float, *, lossless: bool = True) -> Clip:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         options = {"crf": quality, "preset": "veryfast", "g": "10", "bf": "0", "threads": "1"}
-        stream = container.add_stream(encoder, rate=round(fps), options=options)
+        stream = container.add_stream(encoder, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, pixels
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
@@ -141,6 +144,36 @@ def encode(frames: np.ndarray, fps: float, *, lossless: bool = True) -> Clip:
     values = frames.reshape(-1, 3)
     histogram = np.stack([np.bincount(values[:, colour], minlength=256) for colour in range(3)])
     return Clip(file.getvalue(), (count, height, width), histogram)
+
+
+def _rate(fps: float) -> Fraction:
+    """Frames a second as a video has them.
+
+    Raises:
+        ValueError: When they are no number from a thousandth on.
+    """
+    number = isinstance(fps, Real) and not isinstance(fps, bool) and math.isfinite(fps)
+    if not number or fps < 1e-3:
+        raise ValueError(f"fps is {fps!r}; give a positive number of frames a second")
+    return Fraction(fps).limit_denominator(1001)  # 30000 / 1001 is that of television
+
+
+def _form(clip: Clip) -> dict[str, Any]:
+    """What a clip holds and how it is encoded: clips of one form are joined."""
+    av = _av()
+    try:
+        with av.open(io.BytesIO(clip.data)) as container:
+            video = container.streams.video[0]
+            return {
+                "frames": video.frames,
+                "video.height": video.height,
+                "video.width": video.width,
+                "video.codec": video.codec_context.name,
+                "video.pix_fmt": video.codec_context.pix_fmt,
+                "frames a second": video.average_rate,
+            }
+    except (OSError, ValueError, IndexError) as error:  # what PyAV raises for damaged files
+        raise DataError(f"a clip cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _join(clips: Sequence[bytes], counts: Sequence[int], fps: float, path: Path) -> None:
@@ -201,11 +234,11 @@ def decode(path: str | os.PathLike, seconds: Sequence[float], fps: float) -> np.
                 if at > wanted + half:
                     raise VideoError(f"{path} has no frame at {wanted:.4f} s")
                 frames[place] = frame.to_ndarray(format="rgb24")
+        return np.stack(frames)
     except StopIteration:
         raise VideoError(f"{path} ends before {wanted:.4f} s") from None
     except (OSError, ValueError, IndexError) as error:  # what PyAV raises for damaged files
         raise VideoError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    return np.stack(frames)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +253,7 @@ class VideoFrames:
         seconds: (N,) its time there.
         fps: Frames a second.
         shape: (N, H, W, 3).
+        episode: (N,) the number of each frame's episode, for messages; None where it is not known.
     """
 
     files: tuple[Path, ...]
@@ -227,6 +261,7 @@ class VideoFrames:
     seconds: np.ndarray
     fps: float
     shape: tuple[int, int, int, int]
+    episode: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.file)
@@ -236,13 +271,36 @@ class VideoFrames:
         images = np.empty((len(places), *self.shape[1:]), dtype=np.uint8)
         for file in np.unique(self.file[places]):
             rows = np.flatnonzero(self.file[places] == file)
-            images[rows] = decode(self.files[file], self.seconds[places[rows]], self.fps)
+            try:
+                images[rows] = self._decoded(file, places[rows])
+            except VideoError as error:
+                raise self._named(file, places[rows], error) from error
         return images
+
+    def _decoded(self, file: int, places: np.ndarray) -> np.ndarray:
+        images = decode(self.files[file], self.seconds[places], self.fps)
+        _require_size(self.files[file], images.shape[1:], self.shape[1:])
+        return images
+
+    def _named(self, file: int, places: np.ndarray, error: VideoError) -> VideoError:
+        """The error with the number of the episode that it comes from."""
+        for episode in [] if self.episode is None else np.unique(self.episode[places]):
+            try:
+                self._decoded(file, places[self.episode[places] == episode])
+            except VideoError as own:
+                return VideoError(f"episode {episode}: {own}")
+        return error
 
     def select(self, places: np.ndarray) -> "VideoFrames":
         """The same for some of the frames."""
-        shape = (len(places), *self.shape[1:])
-        return VideoFrames(self.files, self.file[places], self.seconds[places], self.fps, shape)
+        return VideoFrames(
+            self.files,
+            self.file[places],
+            self.seconds[places],
+            self.fps,
+            (len(places), *self.shape[1:]),
+            None if self.episode is None else self.episode[places],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,6 +316,7 @@ class PictureFrames:
         row: (N,) its row there.
         key: The column.
         shape: (N, H, W, 3).
+        episode: As `VideoFrames` has it.
     """
 
     files: tuple[Path, ...]
@@ -265,42 +324,81 @@ class PictureFrames:
     row: np.ndarray
     key: str
     shape: tuple[int, int, int, int]
+    episode: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.file)
 
     def __getitem__(self, places: np.ndarray | slice) -> np.ndarray:
-        from PIL import Image
-
         places = np.arange(len(self))[places]
         images = np.empty((len(places), *self.shape[1:]), dtype=np.uint8)
         for file in np.unique(self.file[places]):
             path = self.files[file]
-            ends = _row_group_ends(path)
+            ends, version = _row_group_ends(path), _version(path)
             mine = np.flatnonzero(self.file[places] == file)
             rows = self.row[places[mine]]
             groups = np.searchsorted(ends, rows, side="right")
             for place, row, group in zip(mine, rows, groups, strict=True):
-                column = _row_group(path, int(group), self.key)
-                picture = column[int(row - ends[group])].as_py()["bytes"]  # counted from the end
-                images[place] = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+                named = f"row {row} of {self.key!r} in {path}"
+                if self.episode is not None:
+                    named = f"episode {self.episode[places[place]]}: {named}"
+                column = _row_group(path, version, int(group), self.key)
+                stored = column[int(row - ends[group])].as_py()  # counted from the end
+                picture = _picture(named, stored)
+                _require_size(named, picture.shape, self.shape[1:])
+                images[place] = picture
         return images
 
     def select(self, places: np.ndarray) -> "PictureFrames":
         """The same for some of the frames."""
-        shape = (len(places), *self.shape[1:])
-        return PictureFrames(self.files, self.file[places], self.row[places], self.key, shape)
+        return PictureFrames(
+            self.files,
+            self.file[places],
+            self.row[places],
+            self.key,
+            (len(places), *self.shape[1:]),
+            None if self.episode is None else self.episode[places],
+        )
+
+
+def _require_size(name: object, found: tuple[int, ...], described: tuple[int, ...]) -> None:
+    if found != described:
+        sizes = (" x ".join(map(str, shape[:2])) for shape in (found, described))
+        raise VideoError("{} has {} pixels and {} are described".format(name, *sizes))
+
+
+def _picture(name: str, stored: Any) -> np.ndarray:
+    """A picture (H, W, 3) uint8 out of what a table holds of it."""
+    from PIL import Image
+
+    content = stored.get("bytes") if isinstance(stored, dict) else stored
+    if not isinstance(content, bytes):
+        raise VideoError(f"{name} holds no picture; what lies in files of its own is not read")
+    try:
+        return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    except Exception as error:  # each format has errors of its own
+        raise VideoError(f"{name} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _row_group_ends(path: Path) -> np.ndarray:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    metadata = pq.read_metadata(path)
+    try:
+        metadata = pq.read_metadata(path)
+    except (OSError, pa.ArrowException) as error:
+        raise VideoError(f"{path} cannot be read: {error}") from error
     return np.cumsum([metadata.row_group(it).num_rows for it in range(metadata.num_row_groups)])
 
 
+def _version(path: Path) -> tuple[int, int]:
+    """What tells a file from another one that took its place."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
 @lru_cache(maxsize=4)
-def _row_group(path: Path, group: int, key: str):
+def _row_group(path: Path, version: tuple[int, int], group: int, key: str):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -355,7 +453,7 @@ def write_dataset(
     folder: str | os.PathLike,
     episodes: Iterable[Episode],
     *,
-    fps: int,
+    fps: float,
     state_names: Sequence[str],
     action_names: Sequence[str],
     robot: str | None = None,
@@ -366,7 +464,7 @@ def write_dataset(
     Args:
         folder: Of the data set; it must not exist.
         episodes: In order, of like sizes and cameras; images become video.
-        fps: Frames a second.
+        fps: Frames a second; lerobot itself expects a whole number.
         state_names: Of the numbers of a state.
         action_names: Of the numbers of an action.
         robot: What did it, in a word.
@@ -377,10 +475,12 @@ def write_dataset(
 
     Raises:
         DataError: When the folder exists, there is no episode, or one differs from the first in
-            sizes or cameras.
+            sizes, cameras, or how its clips are encoded.
         VideoError: When there are images and no encoder.
+        ValueError: When `fps` is not positive.
     """
     folder = Path(folder)
+    _rate(fps)
     if folder.exists():
         raise DataError(f"{folder} exists: give another folder, or delete it")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -402,7 +502,7 @@ def write_dataset(
 
 
 class _Writer:
-    def __init__(self, root: Path, fps: int, state_names, action_names, robot):
+    def __init__(self, root: Path, fps: float, state_names, action_names, robot):
         self.root, self.fps, self.robot = root, fps, robot
         self.names = {"observation.state": list(state_names), "action": list(action_names)}
 
@@ -448,6 +548,7 @@ class _Writer:
     def _check(self, episodes: Sequence[Episode]) -> None:
         sizes = tuple(map(len, self.names.values()))
         cameras = {camera: clip.shape[1:] for camera, clip in episodes[0].images.items()}
+        self.forms: dict[str, dict[str, Any]] = {}
         for place, episode in enumerate(episodes):
             found = tuple(values.shape[1:] for values in (episode.state, episode.actions))
             if found != tuple((size,) for size in sizes):
@@ -462,6 +563,24 @@ class _Writer:
                 raise DataError(f"episode {place} holds numbers that are not finite")
             if {camera: clip.shape[1:] for camera, clip in episode.images.items()} != cameras:
                 raise DataError(f"episode {place} has other cameras or sizes than the first")
+            for camera, clip in episode.images.items():
+                self._check_clip(f"episode {place} has a clip of {camera}", camera, clip)
+
+    def _check_clip(self, named: str, camera: str, clip: Clip) -> None:
+        form = _form(clip)
+        described = (form.pop("frames"), form["video.height"], form["video.width"])
+        if described != tuple(clip.shape):
+            raise DataError(f"{named} of {described} frames, height and width, not {clip.shape}")
+        if (rate := form.pop("frames a second")) != _rate(self.fps):
+            raise DataError(
+                f"{named} at {float(rate):g} frames a second, and fps is {self.fps:g}: encode both "
+                "alike"
+            )
+        if self.forms.setdefault(camera, form) != form:
+            raise DataError(
+                f"{named} in another form than the first's, which cannot be joined: {form}, not "
+                f"{self.forms[camera]}"
+            )
 
     def _columns(self, episodes, instructions) -> dict[str, list[np.ndarray]]:
         """The table of frames: by column one array an episode."""
@@ -519,8 +638,11 @@ class _Writer:
         import pyarrow.parquet as pq
 
         types = {
-            "observation.state": pa.list_(pa.float32(), len(self.names["observation.state"])),
-            "action": pa.list_(pa.float32(), len(self.names["action"])),
+            # lerobot has single numbers in a plain column
+            **{
+                key: pa.float32() if len(names) == 1 else pa.list_(pa.float32(), len(names))
+                for key, names in self.names.items()
+            },
             "timestamp": pa.float32(),
             **dict.fromkeys(_COUNTERS, pa.int64()),
         }
@@ -585,10 +707,7 @@ class _Writer:
                 "shape": [height, width, 3],
                 "names": ["height", "width", "channels"],
                 "info": {
-                    "video.height": height,
-                    "video.width": width,
-                    "video.codec": "h264",
-                    "video.pix_fmt": "gbrp",
+                    **self.forms[camera],
                     "video.is_depth_map": False,
                     "video.fps": self.fps,
                     "video.channels": 3,
@@ -649,8 +768,8 @@ def _by_file(rows, prefix: str, pattern: str) -> Iterator[tuple[str, list[int]]]
 def _arrow(values: np.ndarray, kind):
     import pyarrow as pa
 
-    if values.ndim == 1:
-        return pa.array(values, type=kind)
+    if not pa.types.is_fixed_size_list(kind):
+        return pa.array(values.ravel(), type=kind)
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
 
 
