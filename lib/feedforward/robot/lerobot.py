@@ -21,7 +21,8 @@ import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from functools import cached_property, lru_cache
 from numbers import Real
@@ -781,13 +782,13 @@ class Stored:
     """What a data set holds, its damaged episodes left out.
 
     Attributes:
-        state: (N, S) float32.
-        actions: (N, A) float32.
+        state: (N, S) float32; S is how many numbers there are in the shape of the feature.
+        actions: (N, A) float32, likewise.
         lengths: (E,) frames of each episode.
         episodes: (E,) their numbers in the data set.
         task: (E,) the place of each one's instruction.
         instructions: Of all tasks.
-        statistics: As in ``meta/stats.json``, by feature.
+        statistics: As in ``meta/stats.json``, by feature; empty where there is no such file.
         images: By camera, N frames that are decoded when asked for.
         info: ``meta/info.json``.
     """
@@ -811,6 +812,10 @@ def read_dataset(
 ) -> Stored:
     """Read a data set; episodes that are damaged are left out with a warning that names them.
 
+    Where there are checksums, a description that was changed since it was written is refused, and
+    frames that were are read with a warning. Where there are none, of videos the last frame of each
+    episode is looked at; other damage is an error when the images are asked for.
+
     Args:
         folder: Of the data set.
         state_key: The feature that holds the states.
@@ -826,28 +831,48 @@ def read_dataset(
 class _Reader:
     def __init__(self, root: Path, state_key: str, action_key: str):
         self.root = root
-        self.info = self._json("meta/info.json")
+        path = root / _CHECKSUMS
+        self.checksums = self._json(_CHECKSUMS) if path.is_file() else {}
+        self.info = self._described("meta/info.json", self._json)
         version = self.info.get("codebase_version")
         if version != VERSION:
             raise DataError(
                 f"{root} has the LeRobot format {version!r} and {VERSION!r} is read here. "
                 "lerobot converts: python -m lerobot.scripts.convert_dataset_v21_to_v30"
             )
-        self.features = self.info.get("features", {})
+        self.features = self._features()
         for key in (state_key, action_key):
             if key not in self.features:
                 raise DataError(f"{root} has no feature {key!r}; it has {sorted(self.features)}")
         self.keys = {"state": state_key, "actions": action_key}
-        path = root / _CHECKSUMS
-        self.checksums = self._json(_CHECKSUMS) if path.is_file() else {}
+        self.fps = self.info.get("fps")
+        try:
+            _rate(self.fps)
+        except ValueError as error:
+            raise DataError(f"{root}/meta/info.json gives no rate of frames: {error}") from None
+
+    def _features(self) -> dict[str, dict[str, Any]]:
+        features = self.info.get("features")
+        if not isinstance(features, dict):
+            raise DataError(f"{self.root}/meta/info.json describes no features")
+        for key, it in features.items():
+            shape = it.get("shape") if isinstance(it, dict) else None
+            whole = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
+            if not whole or (it.get("dtype") in ("image", "video") and len(shape) != 3):
+                raise DataError(f"{self.root}/meta/info.json describes {key!r} by {it}: no shape")
+        return features
+
+    def _size(self, key: str) -> int:
+        """Numbers of a feature in a frame."""
+        return math.prod(self.features[key]["shape"])
 
     def read(self) -> Stored:
-        statistics = self._described("meta/stats.json", self._json)
-        instructions = self._described("meta/tasks.parquet", self._instructions)
+        statistics = self._statistics("meta/stats.json")
+        tasks = self._described("meta/tasks.parquet", self._tasks)
         rows = self._episodes()
         kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        for path, places in _by_file(rows, "data", self.info["data_path"]):
-            kept += self._frames(path, [rows[place] for place in places], len(instructions))
+        for path, places in self._files(rows, "data", "data_path", _DATA):
+            kept += self._frames(path, [rows[place] for place in places], list(tasks))
         kept.sort(key=lambda pair: pair[0]["episode_index"])
         kept = self._with_sound_videos(kept)
         if not kept:
@@ -860,12 +885,12 @@ class _Reader:
             lengths=lengths,
             episodes=np.array([row["episode_index"] for row in rows]),
             task=np.array([part["task"] for part in parts]),
-            instructions=instructions,
-            statistics={
-                key: {name: np.asarray(numbers) for name, numbers in found.items()}
-                for key, found in statistics.items()
+            instructions=tuple(tasks.values()),
+            statistics=statistics,
+            images={
+                **{_camera(key): self._video_frames(key, rows) for key in self._video_keys},
+                **{_camera(it): self._picture_frames(it, rows, parts) for it in self._picture_keys},
             },
-            images=self._images(rows, parts, lengths),
             info=self.info,
         )
 
@@ -891,16 +916,55 @@ class _Reader:
     def _described(self, name: str, read: Callable[[str], Any]) -> Any:
         """A file without which the others say nothing."""
         if (self.root / name).is_file() and not self._is_whole(name):
-            raise DataError(f"{self.root / name} was changed since it was written")
+            raise DataError(
+                f"{self.root / name} is damaged or was changed since it was written: restore it, "
+                f"or, if the change was meant, delete {_CHECKSUMS}"
+            )
         return read(name)
 
-    def _instructions(self, name: str) -> tuple[str, ...]:
+    def _statistics(self, name: str) -> dict[str, dict[str, np.ndarray]]:
+        """Those that are there; of states and actions they must fit."""
+        if not (self.root / name).is_file() and name not in self.checksums:
+            return {}
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for key, own in self._described(name, self._json).items():
+            if own is None:
+                continue
+            try:
+                found[key] = {it: np.asarray(numbers, dtype=float) for it, numbers in own.items()}
+            except (AttributeError, TypeError, ValueError) as error:
+                if key in self.keys.values():
+                    raise DataError(f"{self.root / name} is damaged at {key!r}: {error}") from error
+        for key in set(self.keys.values()) & found.keys():
+            for it in ("mean", "std", "min", "max"):
+                numbers = found[key].get(it, np.zeros(self._size(key)))
+                sound = np.isfinite(numbers).all() and not (it == "std" and (numbers < 0).any())
+                if numbers.size != self._size(key) or not sound:
+                    raise DataError(
+                        f"{self.root / name} gives {key!r}, which has {self._size(key)} numbers, "
+                        f"the {it} {numbers.tolist()}: mend the file, or delete it to have the "
+                        "statistics computed"
+                    )
+        return found
+
+    def _tasks(self, name: str) -> dict[int, str]:
+        """The instructions by their numbers, which need not go from 0 without gaps."""
         table = self._table(name)
         text = next((key for key in table.column_names if key != "task_index"), None)
         if text is None or "task_index" not in table.column_names:
             raise DataError(f"{self.root / name} has the columns {table.column_names}")
-        found = dict(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
-        return tuple(found[place] for place in sorted(found))
+        numbers, words = table["task_index"].to_pylist(), table[text].to_pylist()
+        wrong = [
+            pair
+            for pair in zip(numbers, words, strict=True)
+            if not (isinstance(pair[0], int) and isinstance(pair[1], str))
+        ]
+        if wrong or len(set(numbers)) < len(numbers):
+            raise DataError(
+                f"{self.root / name} names {words} by {numbers}; each task needs an instruction "
+                "and a number of its own"
+            )
+        return dict(sorted(zip(numbers, words, strict=True)))
 
     def _table(self, name: str):
         import pyarrow as pa
@@ -917,19 +981,63 @@ class _Reader:
         for path in files:
             name = path.relative_to(self.root).as_posix()
             table = self._described(name, self._table)
+            self._require_columns(name, table.column_names, ["episode_index", *self._needed])
             wanted = [key for key in table.column_names if not key.startswith("stats/")]
             rows += table.select(wanted).to_pylist()
         if not rows:
             raise DataError(f"{self.root} describes no episode in meta/episodes")
-        return sorted(rows, key=lambda row: row["episode_index"])
+        if None in (numbers := [row["episode_index"] for row in rows]):
+            raise DataError(f"{self.root} describes an episode without number in meta/episodes")
+        if len(set(numbers)) < len(numbers):
+            raise DataError(f"{self.root} describes an episode twice in meta/episodes")
+        described = []
+        for row in sorted(rows, key=lambda row: row["episode_index"]):
+            missing = [
+                key
+                for key in self._needed
+                if not isinstance(row[key], Real if key.endswith("timestamp") else int)
+            ]
+            if missing:
+                self._skip(row, f"meta/episodes gives it no {', '.join(missing)}")
+            else:
+                described.append(row)
+        return described
 
-    def _frames(self, name: str, rows, tasks: int) -> list[tuple[dict, dict]]:
+    @cached_property
+    def _needed(self) -> list[str]:
+        """What the table of episodes says of each, beside its number."""
+        of_video = ("chunk_index", "file_index", "from_timestamp")
+        videos = [f"videos/{key}/{it}" for key in self._video_keys for it in of_video]
+        return ["length", "data/chunk_index", "data/file_index", *videos]
+
+    def _require_columns(self, name: str, there: Sequence[str], needed: Sequence[str]) -> None:
+        if missing := [key for key in needed if key not in there]:
+            raise DataError(
+                f"{self.root / name} has no column {', '.join(map(repr, missing))}; it has "
+                f"{sorted(key for key in there if not key.startswith('stats/'))}"
+            )
+
+    def _files(self, rows, prefix: str, named: str, default: str) -> list[tuple[str, list[int]]]:
+        """The files that hold some episodes, by the pattern that info.json has or lerobot's."""
+        pattern = self.info.get(named) or default
+        key = prefix.removeprefix("videos/")
+        try:
+            return list(_by_file(rows, prefix, pattern.replace("{video_key}", key)))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self.root}/meta/info.json has the {named} {pattern!r}, which does not name the "
+                f"files by chunk_index and file_index as {default!r} does"
+            ) from error
+
+    def _frames(self, name: str, rows, tasks: Sequence[int]) -> list[tuple[dict, dict]]:
         """The episodes of one file with their frames, without the damaged ones."""
         import pyarrow as pa
 
         tables, places, damage = self._row_groups(name)
+        if damage is None and not self._is_whole(name):
+            self._warn_of_change(name)
         table = pa.concat_tables(tables) if tables else None
-        numbers = table["episode_index"].to_numpy() if table else np.array([], dtype=np.int64)
+        numbers = self._numbers(name, table, "episode_index")[:, 0] if table else np.empty(0)
         found = []
         for row in rows:
             mine = np.flatnonzero(numbers == row["episode_index"])
@@ -938,8 +1046,13 @@ class _Reader:
                 continue
             here = slice(mine[0], mine[-1] + 1)
             part = table.slice(mine[0], mine[-1] - mine[0] + 1)
-            episode = {kind: _array(part[key]) for kind, key in self.keys.items()}
-            episode |= {"task": part["task_index"][0].as_py(), "rows": places[here], "file": name}
+            episode = {
+                kind: self._numbers(name, part, key).astype(np.float32)
+                for kind, key in self.keys.items()
+            }
+            task = self._numbers(name, part, "task_index")[0, 0]
+            episode |= {"rows": places[here], "file": name}
+            episode["task"] = tasks.index(task) if task in tasks else None
             if wrong := self._wrong(row, part, episode, tasks):
                 self._skip(row, wrong)
             else:
@@ -952,9 +1065,11 @@ class _Reader:
         import pyarrow.parquet as pq
 
         columns = [*self.keys.values(), "frame_index", "episode_index", "task_index"]
+        needed = [*columns, *self._picture_keys]
         tables, places, damage = [], [np.array([], dtype=np.int64)], None
         try:
             with pq.ParquetFile(self.root / name, page_checksum_verification=True) as file:
+                self._require_columns(name, file.schema_arrow.names, needed)
                 begin = 0
                 for group in range(file.num_row_groups):
                     end = begin + file.metadata.row_group(group).num_rows
@@ -968,19 +1083,35 @@ class _Reader:
             damage = f"{name} cannot be read: {error}"
         return tables, np.concatenate(places), damage
 
-    def _wrong(self, row, part, episode, tasks: int) -> str | None:
-        frames = part["frame_index"].to_numpy()
+    def _numbers(self, name: str, table, key: str) -> np.ndarray:
+        try:
+            return _array(table[key])
+        except (TypeError, ValueError) as error:
+            kind = table[key].type
+            raise DataError(f"{self.root / name} has no numbers in {key!r} but {kind}") from error
+
+    def _wrong(self, row, part, episode, tasks: Sequence[int]) -> str | None:
+        frames = self._numbers(episode["file"], part, "frame_index")[:, 0]
         if len(frames) != row["length"] or (frames != np.arange(len(frames))).any():
             return f"it has {len(frames)} frames in order or not, and {row['length']} are described"
         for kind, key in self.keys.items():
-            shape = (row["length"], *self.features[key]["shape"])
+            shape = (row["length"], self._size(key))
             if episode[kind].shape != shape:
                 return f"its {key} has shape {episode[kind].shape}, and {shape} is described"
             if not np.isfinite(episode[kind]).all():
                 return f"its {key} holds numbers that are not finite"
-        if not 0 <= episode["task"] < tasks:
-            return f"its task {episode['task']} is not among the {tasks} of meta/tasks.parquet"
+        if episode["task"] is None:
+            found = part["task_index"][0].as_py()
+            return f"its task {found} is not among the {len(tasks)} of meta/tasks.parquet"
         return None
+
+    def _warn_of_change(self, name: str) -> None:
+        warnings.warn(
+            f"{self.root / name} was changed since it was written, and what it holds now is read, "
+            f"with the statistics of before: restore it, or, if the change was meant, delete "
+            f"{_CHECKSUMS}",
+            stacklevel=2,
+        )
 
     def _skip(self, row: Mapping[str, Any], why: str) -> None:
         name = f"episode {row['episode_index']} ({', '.join(map(repr, row.get('tasks') or []))})"
@@ -988,71 +1119,98 @@ class _Reader:
 
     @cached_property
     def _picture_keys(self) -> list[str]:
-        return [key for key, it in self.features.items() if it["dtype"] == "image"]
+        return [key for key, it in self.features.items() if it.get("dtype") == "image"]
 
     @cached_property
     def _video_keys(self) -> list[str]:
-        return [key for key, it in self.features.items() if it["dtype"] == "video"]
-
-    def _video(self, row: Mapping[str, Any], key: str) -> str:
-        return self.info["video_path"].format(
-            video_key=key,
-            chunk_index=row[f"videos/{key}/chunk_index"],
-            file_index=row[f"videos/{key}/file_index"],
-        )
+        return [key for key, it in self.features.items() if it.get("dtype") == "video"]
 
     def _with_sound_videos(self, kept):
         """Leave out what lies in the damaged part of a video, or in one that is missing."""
-        names = {self._video(row, key) for row, _ in kept for key in self._video_keys}
-        suspect = {name for name in names if not self._is_whole(name)}
-        sound = []
-        for row, part in kept:
-            problem = None
-            for key in self._video_keys:
-                if self._video(row, key) in suspect:
-                    try:
-                        frames = self._images([row], [part], np.array([row["length"]]))
-                        frames[_camera(key)][:]
-                    except VideoError as error:
-                        problem = str(error)
-            if problem:
-                self._skip(row, problem)
-            else:
-                sound.append((row, part))
-        return sound
-
-    def _images(self, rows, parts, lengths) -> dict[str, VideoFrames | PictureFrames]:
-        images: dict[str, VideoFrames | PictureFrames] = {}
-        total = int(lengths.sum())
+        try:
+            _av()
+        except VideoError:  # states are read without it
+            return kept
+        wrong: dict[int, str] = {}
         for key in self._video_keys:
-            paths = [self.root / self._video(row, key) for row in rows]
-            files = tuple(dict.fromkeys(paths))
-            begins = [row[f"videos/{key}/from_timestamp"] for row in rows]
-            within = [np.arange(length) / self.info["fps"] for length in lengths]
-            images[_camera(key)] = VideoFrames(
-                files=files,
-                file=np.repeat([files.index(path) for path in paths], lengths),
-                seconds=np.concatenate([b + w for b, w in zip(begins, within, strict=True)]),
-                fps=self.info["fps"],
-                shape=(total, *self._image_shape(key)),
-            )
-        for key in self._picture_keys:
-            names = [self.root / part["file"] for part in parts]
-            files = tuple(dict.fromkeys(names))
-            images[_camera(key)] = PictureFrames(
-                files=files,
-                file=np.repeat([files.index(name) for name in names], lengths),
-                row=np.concatenate([part["rows"] for part in parts]),
-                key=key,
-                shape=(total, *self._image_shape(key)),
-            )
-        return images
+            rows = [row for row, _ in kept]
+            for name, places in self._videos(key, rows):
+                if name in self.checksums and self._is_whole(name):
+                    continue
+                # known to be changed: all is looked at; else the last frame says that it is whole
+                changed = name in self.checksums
+                found = self._undecodable(key, {place: rows[place] for place in places}, changed)
+                if changed and not found:
+                    self._warn_of_change(name)
+                wrong = found | wrong
+        for place, problem in sorted(wrong.items()):
+            self._skip(kept[place][0], problem)
+        return [pair for place, pair in enumerate(kept) if place not in wrong]
+
+    def _undecodable(self, key: str, rows: Mapping[int, Mapping], every: bool) -> dict[int, str]:
+        """Which episodes of a video cannot be shown, and why."""
+
+        def look(some: Sequence[Mapping]) -> None:
+            frames = replace(self._video_frames(key, some), episode=None)  # which the skip names
+            ends = np.cumsum([row["length"] for row in some]) - 1
+            frames[:] if every else frames[ends]
+
+        if not every:
+            with suppress(VideoError):  # in one go, which is fast
+                look(list(rows.values()))
+                return {}
+        found = {}
+        for place, row in rows.items():
+            try:
+                look([row])
+            except VideoError as error:
+                found[place] = str(error)
+        return found
+
+    def _videos(self, key: str, rows) -> list[tuple[str, list[int]]]:
+        return self._files(rows, f"videos/{key}", "video_path", _VIDEO)
+
+    def _video_frames(self, key: str, rows: Sequence[Mapping[str, Any]]) -> VideoFrames:
+        lengths = [row["length"] for row in rows]
+        named, file = self._videos(key, rows), np.empty(len(rows), dtype=np.int64)
+        for number, (_, places) in enumerate(named):
+            file[places] = number
+        seconds = [
+            row[f"videos/{key}/from_timestamp"] + np.arange(row["length"]) / self.fps
+            for row in rows
+        ]
+        return VideoFrames(
+            files=tuple(self.root / name for name, _ in named),
+            file=np.repeat(file, lengths),
+            seconds=np.concatenate(seconds),
+            fps=self.fps,
+            shape=(sum(lengths), *self._image_shape(key)),
+            episode=np.repeat([row["episode_index"] for row in rows], lengths),
+        )
+
+    def _picture_frames(self, key: str, rows, parts) -> PictureFrames:
+        lengths = [row["length"] for row in rows]
+        names = [self.root / part["file"] for part in parts]
+        files = tuple(dict.fromkeys(names))
+        return PictureFrames(
+            files=files,
+            file=np.repeat([files.index(name) for name in names], lengths),
+            row=np.concatenate([part["rows"] for part in parts]),
+            key=key,
+            shape=(sum(lengths), *self._image_shape(key)),
+            episode=np.repeat([row["episode_index"] for row in rows], lengths),
+        )
 
     def _image_shape(self, key: str) -> tuple[int, int, int]:
-        """Height, width, colours: some data sets name the colours first."""
+        """Height, width, and the three colours that any image is shown in.
+
+        Some data sets name the colours first, and some have them there without saying so.
+        """
         shape, names = self.features[key]["shape"], self.features[key].get("names") or []
-        first = names and names[0] in ("channel", "channels", "c")
-        return (shape[1], shape[2], shape[0]) if first else tuple(shape)
+        colours = ("channel", "channels", "c")
+        named = [place for place, name in enumerate(names) if name in colours]
+        first = named == [0] if named else shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4)
+        return (*(shape[1:] if first else shape[:2]), 3)
 
 
 def _camera(key: str) -> str:
@@ -1060,13 +1218,23 @@ def _camera(key: str) -> str:
 
 
 def _array(column) -> np.ndarray:
-    """A column of lists as (T, D) float32, one of numbers as (T, 1)."""
+    """A column of lists, or of lists in them, as (T, D) float64, one of numbers as (T, 1).
+
+    Lists of several lengths, and none in the place of one, give (T, 0).
+    """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     values = column.combine_chunks()
-    if pa.types.is_fixed_size_list(values.type) or pa.types.is_list(values.type):
-        flat = values.flatten().to_numpy(zero_copy_only=False)
-        if len(values) == 0 or len(flat) % len(values):
-            return np.full((len(values), 0), np.nan, dtype=np.float32)
-        return flat.reshape(len(values), -1).astype(np.float32)
-    return values.to_numpy(zero_copy_only=False).reshape(-1, 1).astype(np.float32)
+    rows = len(values)
+    while True:
+        if isinstance(values, pa.ExtensionArray):
+            values = values.storage
+        lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        if not any(is_one(values.type) for is_one in lists):
+            break
+        if values.null_count or pc.count_distinct(pc.list_value_length(values)).as_py() > 1:
+            return np.empty((rows, 0))
+        values = values.flatten()
+    numbers = values.to_numpy(zero_copy_only=False).astype(np.float64)
+    return numbers.reshape(rows, -1) if rows else np.empty((0, 1))
