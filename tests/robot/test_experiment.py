@@ -1,5 +1,6 @@
 """Runs of policies: parents shared, resumed exactly, scored as the ledger reads them."""
 
+import re
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +26,7 @@ from feedforward.robot.runs import (
     run,
     trained_policy,
 )
-from feedforward.robot.tasks import find_task
+from feedforward.robot.tasks import Images, find_task
 from feedforward.robot.vision import FEATURES
 from feedforward.training import TrainingConfig
 
@@ -248,6 +249,14 @@ def test_a_folder_in_the_format_trains_without_a_simulator(given, tmp_path, monk
         ({"tasks": (), "long_tasks": ()}, "need tasks"),
         ({"batch": 0}, "batch is 0"),
         ({"evaluation": Evaluation(execute=5)}, "horizon of 4"),
+        ({"tuning": Tuning(TRAINING, hidden=8)}, "at least its hidden width 16"),
+        ({"tuning": Tuning(TRAINING, hidden=0)}, "hidden is 0"),
+        ({"images": Images()}, "through 0 cameras and images name 1: corner2"),
+        ({"policy": replace(CONFIG.policy, cameras=1, image_width=9)}, "images name 0: none"),
+        ({"policy": replace(CONFIG.policy, action=7)}, "7 numbers and Meta-World takes 4: x, y"),
+        ({"tasks": ("reach", "reach-v3")}, "tasks names a task twice"),
+        ({"seed": -1}, "seed is -1"),
+        ({"noise": -0.1}, "noise -0.1"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(changes, message, monkeypatch):
@@ -261,8 +270,31 @@ def test_tuning_refuses_what_does_not_go_together():
         Tuning(TRAINING, "adamoe", hidden=8)
     with pytest.raises(ValueError, match="preserve"):
         Tuning(TRAINING, preserve=True)
+    for wrong, message in (
+        ({"ffn": "adamoo"}, "adamoe"),
+        ({"experts": 8}, "experts is 8 with ffn='dense'"),
+        ({"k": 2}, "k is 2 with ffn='dense'"),
+        ({"shared_weight": 0.5}, "shared_weight is 0.5 with ffn='dense'"),
+        ({"ffn": "adamoe", "k": 5}, "k is 5"),
+        ({"ffn": "adamoe", "shared_weight": 7.0}, "shared_weight is 7.0"),
+        ({"ffn": "adamoe", "balance": (-0.1, 0.0)}, "give two numbers from 0"),
+        ({"ffn": "adamoe", "balance": (0.1,)}, "give two numbers from 0"),
+        ({"ffn": "adamoe", "switch": -1}, "switch is -1"),
+        ({"ffn": "adamoe", "router_rate": 0.0}, "router_rate is 0.0"),
+        ({"ffn": "adamoe", "router_warmup": -1}, "router_warmup -1"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Tuning(TRAINING, **wrong)
     with pytest.raises(ValueError, match="episodes is 0"):
         Evaluation(episodes=0)
+    with pytest.raises(ValueError, match="seed is -1"):
+        Evaluation(seed=-1)
+
+
+def test_names_of_tasks_are_kept_as_they_are_found():
+    long = replace(CONFIG, tasks=("drawer-close-v3", "reach"), long_tasks=("reach-v3",))
+    assert long == CONFIG
+    assert records.config_key(long) == records.config_key(CONFIG)
 
 
 # --- the arms -----------------------------------------------------------------------------------

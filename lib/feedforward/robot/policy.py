@@ -190,6 +190,20 @@ class PolicyConfig:
             return self.hidden
         return self.hidden * ((self.k if match == "active" else self.experts) + self.shared)
 
+    def widened(self, hidden: int) -> "PolicyConfig":
+        """The same with wider FFNs in the action expert, for `widened`; the prefix stays.
+
+        Raises:
+            ValueError: a policy that is not dense, or a smaller width.
+        """
+        config = replace(self, hidden=hidden, prefix_hidden=self.prefix_sizes[1])
+        if self.ffn != "dense" or hidden < self.hidden:
+            raise ValueError(
+                f"widening takes a dense policy to at least its hidden width {self.hidden}; given "
+                f"ffn={self.ffn!r} and hidden={hidden}"
+            )
+        return config
+
 
 _OF_EXPERTS = ("experts", "k", "shared", "shared_weight", "router_std")
 
@@ -814,12 +828,7 @@ def widened(policy: FlowPolicy, hidden: int, *, seed: int = 0) -> FlowPolicy:
         ValueError: a parent that is not dense, or a smaller width.
     """
     old = policy.config
-    if old.ffn != "dense" or hidden < old.hidden:
-        raise ValueError(
-            f"widening takes a dense policy to at least its hidden width {old.hidden}; given "
-            f"ffn={old.ffn!r} and hidden={hidden}"
-        )
-    config = replace(old, hidden=hidden, prefix_hidden=old.prefix_sizes[1])
+    config = old.widened(hidden)
     new = copy.deepcopy(policy)
     new.config = config
     with _seeded(seed, policy), torch.no_grad():

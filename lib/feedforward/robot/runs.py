@@ -6,11 +6,12 @@ seed start from one parent, trained once. Explained in ``book/adamoe/02-upcyclin
 """
 
 import json
+import math
 import os
 import shutil
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -83,7 +84,8 @@ class Tuning:
         router_warmup: Steps of their warm-up.
 
     Raises:
-        ValueError: When a dense FFN is given experts, or experts a width.
+        ValueError: When a dense FFN is given experts, or experts a width; when the kind of FFN is
+            unknown, or a number is not allowed.
     """
 
     training: TrainingConfig
@@ -102,13 +104,20 @@ class Tuning:
         object.__setattr__(self, "balance", tuple(self.balance))
         if self.ffn != "dense" and self.hidden is not None:
             raise ValueError(f"hidden is {self.hidden}; experts are as wide as the parent's FFN")
-        if self.ffn == "dense" and (self.preserve or self.shared_weight is not None):
-            raise ValueError("preserve and shared_weight are of experts; ffn is 'dense'")
+        if self.ffn == "dense" and self.preserve:
+            raise ValueError("preserve is of experts; ffn is 'dense'")
+        _with_experts(PolicyConfig(state=1, action=1), self)  # what fits no parent
+        Objective(self.balance, self.switch)
+        if not 0 < self.router_rate < math.inf or self.router_warmup < 0:
+            raise ValueError(
+                f"router_rate is {self.router_rate} and router_warmup {self.router_warmup}; give a "
+                "positive number and steps from 0"
+            )
 
     def apply(self, parent: FlowPolicy, seed: int) -> FlowPolicy:
         """The policy to tune, made from a parent, which stays as it is."""
         if self.ffn == "dense":
-            return widened(parent, self.hidden or parent.config.hidden, seed=seed)
+            return widened(parent, tuned(parent.config, self).hidden, seed=seed)
         return upcycled(
             parent,
             self.ffn,
@@ -118,6 +127,28 @@ class Tuning:
             preserve=self.preserve,
             seed=seed,
         )
+
+
+def tuned(policy: PolicyConfig, tuning: Tuning | None) -> PolicyConfig:
+    """The sizes of what a dense parent becomes.
+
+    Args:
+        policy: The parent's.
+        tuning: What becomes of it; None for the parent itself.
+
+    Raises:
+        ValueError: When it cannot become that.
+    """
+    if tuning is None:
+        return policy
+    if tuning.ffn == "dense":
+        return policy.widened(policy.hidden if tuning.hidden is None else tuning.hidden)
+    return _with_experts(policy, tuning)
+
+
+def _with_experts(policy: PolicyConfig, tuning: Tuning) -> PolicyConfig:
+    names = ("ffn", "experts", "k", "shared_weight")
+    return replace(policy, **{name: getattr(tuning, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -133,7 +164,7 @@ class Evaluation:
         held_out: Ask with wordings that no policy is trained on; else with the instruction itself.
 
     Raises:
-        ValueError: When one is below 1.
+        ValueError: When one is below 1, or the seed below 0.
     """
 
     episodes: int = 25
@@ -147,6 +178,8 @@ class Evaluation:
         for name in ("episodes", "execute", "steps", "at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -158,7 +191,8 @@ class RobotConfig:
         policy: The dense parent.
         parent: Its training.
         tuning: What becomes of it; None leaves it as it is.
-        tasks: Their names; without any nothing is simulated, and the record has losses alone.
+        tasks: Their names, kept as `find_task` has them; without any nothing is simulated, and the
+            record has losses alone.
         demonstrations: Of each task.
         evaluation: How it is scored.
         seed: Of weights, order of the data, and the demonstrations of scripted experts.
@@ -166,7 +200,8 @@ class RobotConfig:
         noise: Of scripted experts, as ``collect`` takes it.
         batch: Chunks of actions a step.
         state: The kind of state that the policy is shown.
-        images: What images it is shown; None for none.
+        images: What images it is shown, by cameras that the simulator has and a folder has images
+            of; None for none, or without tasks for those of the folder as they come.
         long_tasks: The tasks that count as long.
         experiment: The part of the book.
 
@@ -192,8 +227,12 @@ class RobotConfig:
 
     def __post_init__(self):
         for name in ("tasks", "long_tasks"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        kinds = simulator_of(map(find_task, self.tasks)).state_names
+            found = tuple(find_task(each).name for each in getattr(self, name))
+            if len(set(found)) < len(found):
+                raise ValueError(f"{name} names a task twice: {found}")
+            object.__setattr__(self, name, found)
+        simulator = simulator_of(map(find_task, self.tasks))
+        kinds = simulator.state_names
         if self.state not in kinds:
             raise ValueError(unknown("kind of state", self.state, kinds))
         if odd := set(self.long_tasks) - set(self.tasks):
@@ -202,9 +241,12 @@ class RobotConfig:
             raise ValueError(f"policy is the dense parent, not {self.policy.ffn!r}: see tuning")
         if self.source == SCRIPTED and not self.tasks:
             raise ValueError("scripted experts need tasks: name some")
+        tuned(self.policy, self.tuning)
         for name in ("demonstrations", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seed < 0 or not 0 <= self.noise < math.inf:
+            raise ValueError(f"seed is {self.seed} and noise {self.noise}; both are from 0")
         if self.tasks and self.evaluation.execute > self.policy.horizon:
             raise ValueError(
                 f"execute is {self.evaluation.execute} of a horizon of {self.policy.horizon}"
@@ -214,6 +256,19 @@ class RobotConfig:
                 f"the policy takes {self.policy.state} numbers of state and {self.state!r} has "
                 f"{len(kinds[self.state])}"
             )
+        if self.tasks and self.policy.action != len(simulator.action_names):
+            raise ValueError(
+                f"the policy gives actions of {self.policy.action} numbers and {simulator.name} "
+                f"takes {len(simulator.action_names)}: {', '.join(simulator.action_names)}"
+            )
+        cameras = self.images.cameras if self.images else ()
+        if (self.images or self.tasks) and len(cameras) != self.policy.cameras:
+            raise ValueError(
+                f"the policy sees through {self.policy.cameras} cameras and images name "
+                f"{len(cameras)}: {', '.join(cameras) or 'none'}"
+            )
+        if self.images and self.tasks and not simulator.environment.shows_images:
+            raise ValueError(f"{simulator.name} shows states here: no images")
 
 
 # --- one run ------------------------------------------------------------------------------------
