@@ -1,6 +1,7 @@
 """Runs of policies: parents shared, resumed exactly, scored as the ledger reads them."""
 
 import re
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -238,6 +239,46 @@ def test_a_folder_in_the_format_trains_without_a_simulator(given, tmp_path, monk
     seeing = replace(config.policy, cameras=2, image_width=FEATURES)
     with pytest.raises(DataError, match=r"2 cameras and the demonstrations .* have 0: none"):
         trained(replace(config, policy=seeing))
+
+
+def folder_of(path, episodes, fps=80):
+    names = {"state_names": [str(i) for i in range(39)], "action_names": list("xyzg")}
+    return write_dataset(path, episodes, fps=fps, **names)
+
+
+def test_views_are_those_of_the_cameras_in_their_order(given, tmp_path, monkeypatch):
+    shown = []
+
+    def features(images, frames, **_):
+        shown.append({name: int(own[:1].mean()) for name, own in images.items()})
+        return np.zeros((frames, len(images), FEATURES), np.float32)
+
+    monkeypatch.setattr(runs, "frame_features", features)
+    values = {"gripperPOV": 10, "corner2": 20, "topview": 30}
+    cameras = {name: np.full((12, 16, 16, 3), it, np.uint8) for name, it in values.items()}
+    seen = [replace(it, state=it.state[:, :4], images=cameras) for it in given]
+    data = Demonstrations.of(seen)
+    config = replace(
+        CONFIG,
+        policy=replace(CONFIG.policy, state=4, cameras=2, image_width=FEATURES),
+        state="robot",
+        source="somewhere",
+        images=Images(16, ("corner2", "gripperPOV")),
+    )
+    runs._Batches(config, data, torch.device("cpu"))
+    assert list(shown[0].items()) == [("corner2", 20), ("gripperPOV", 10)]
+    other = replace(config, images=Images(16, ("corner2", "behindGripper")))
+    with pytest.raises(DataError, match="no images of behindGripper but of gripperPOV, corner2"):
+        runs._Batches(other, data, torch.device("cpu"))
+
+
+def test_another_rate_than_the_simulators_is_told(given, tmp_path):
+    for fps, told in ((80, False), (10, True)):
+        config = replace(CONFIG, source=str(folder_of(tmp_path / str(fps), given, fps)))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            _ = runs._Training(config, False, torch.device("cpu")).data
+        assert any("10 frames a second" in str(it.message) for it in found) == told
 
 
 @pytest.mark.parametrize(

@@ -10,6 +10,7 @@ import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -428,8 +429,10 @@ class _Batches:
     """Chunks of demonstrations with the token states of a wording of each instruction."""
 
     def __init__(self, config: RobotConfig, data: Demonstrations, device: torch.device):
-        also, cameras = None, config.policy.cameras
-        if cameras and len(data.images) != cameras:
+        also, cameras, views = None, config.policy.cameras, data.images
+        if config.images:
+            views = _views(config, data)
+        elif cameras and len(data.images) != cameras:
             raise DataError(
                 f"the policy of {config.variant} sees through {cameras} cameras and the "
                 f"demonstrations ({config.source}) have {len(data.images)}: "
@@ -437,7 +440,7 @@ class _Batches:
                 "for as many cameras."
             )
         if cameras:
-            also = {"images": frame_features(data.images, len(data), device=device)}
+            also = {"images": frame_features(views, len(data), device=device)}
         self.chunks = Chunks(
             data, batch=config.batch, horizon=config.policy.horizon, seed=config.seed, also=also
         )
@@ -468,6 +471,33 @@ class _Batches:
         return kept | {"text": self.text[places][:, :length], "text_mask": real[:, :length]}
 
 
+def _views(config: RobotConfig, data: Demonstrations) -> dict[str, Any]:
+    """The images of the cameras that the simulator will show, in the same order."""
+    if missing := [name for name in config.images.cameras if name not in data.images]:
+        raise DataError(
+            f"the policy of {config.variant} is shown {', '.join(config.images.cameras)} and the "
+            f"demonstrations ({config.source}) have no images of {', '.join(missing)} but of "
+            f"{', '.join(data.images) or 'none'}. Give a data set that calls its cameras so."
+        )
+    return {name: data.images[name] for name in config.images.cameras}
+
+
+def _warn_of_rate(config: RobotConfig, data: Demonstrations) -> None:
+    """An action lasts as long as a step: a policy that learnt another rate is too fast or slow.
+
+    No more than a warning, for data sets are about that differ in what they say alone: LIBERO's,
+    which takes 20 actions a second, are offered as of 10.
+    """
+    simulator = simulator_of(config.tasks)
+    if config.tasks and data.fps != simulator.control_hz:
+        warnings.warn(
+            f"the demonstrations ({config.source}) have {data.fps:g} frames a second and "
+            f"{simulator.name} takes {simulator.control_hz} actions: unless the action of a frame "
+            "was for one step of it, success says little",
+            stacklevel=2,
+        )
+
+
 def _statistics(own: Statistics) -> dict[str, Any]:
     return {"mean": own.mean, "std": own.scale}
 
@@ -490,6 +520,7 @@ class _Training:
         """Collected or read when they are first needed."""
         if self._data is None:
             self._data = load_data(self.config, progress=self.progress)
+            _warn_of_rate(self.config, self._data)
         return self._data
 
     @property
