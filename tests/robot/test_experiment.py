@@ -1,6 +1,7 @@
 """Runs of policies: parents shared, resumed exactly, scored as the ledger reads them."""
 
 import re
+import shutil
 import warnings
 from dataclasses import replace
 
@@ -244,6 +245,34 @@ def test_a_folder_in_the_format_trains_without_a_simulator(given, tmp_path, monk
 def folder_of(path, episodes, fps=80):
     names = {"state_names": [str(i) for i in range(39)], "action_names": list("xyzg")}
     return write_dataset(path, episodes, fps=fps, **names)
+
+
+def test_other_data_in_the_readers_folder_are_another_run(given, tmp_path, monkeypatch):
+    config = replace(CONFIG, tasks=(), long_tasks=(), source=LOCAL)
+    options = {"progress": False, "device": "cpu"}
+    frames, losses, keys = [], [], []
+    for name, count in (("one", 2), ("other", 4)):
+        folder_of(tmp_path / name / "robot", given[:count])
+        monkeypatch.setenv(LOCAL, str(tmp_path / name))
+        record = records.cached(run, config, profile="smoke", **options)
+        assert run(config, **options).metrics == record.metrics
+        frames.append(record.metrics["frames"])
+        losses.append(record.metrics["last loss"])
+        keys.append(config.data_key())
+    assert frames == [24, 48]
+    assert losses[0] != losses[1]
+    monkeypatch.setenv(LOCAL, str(tmp_path / "one"))
+    assert records.cached(run, config, profile="smoke", **options).metrics["frames"] == 24
+    # a folder by its path, in which episodes are replaced by others
+    there = replace(config, source=str(tmp_path / "one" / "robot"))
+    first = run(there, **options).metrics["last loss"]
+    shutil.rmtree(tmp_path / "one")
+    folder_of(tmp_path / "one" / "robot", given[2:])
+    assert run(there, **options).metrics["last loss"] != first
+    assert there.data_key() not in keys
+    assert CONFIG.data_key() is None
+    with pytest.raises(DataError, match="is no data set"):
+        run(replace(config, source=str(tmp_path / "none")), **options)
 
 
 def test_views_are_those_of_the_cameras_in_their_order(given, tmp_path, monkeypatch):

@@ -13,6 +13,7 @@ A data set is a folder::
 What lerobot writes or the hub has in this format is read, too, whatever its keys and sizes.
 """
 
+import hashlib
 import io
 import json
 import math
@@ -826,6 +827,34 @@ def read_dataset(
             describes it is damaged, or no episode is left.
     """
     return _Reader(Path(folder), state_key, action_key).read()
+
+
+def dataset_key(folder: str | os.PathLike) -> str:
+    """What tells a data set from others: 16 hexadecimal digits.
+
+    Of all files that describe it, and of the names and sizes of those that hold its frames, which
+    may be too many to be read for it.
+
+    Args:
+        folder: Of the data set.
+
+    Raises:
+        DataError: When it is no data set.
+    """
+    root = Path(folder)
+    if not (root / "meta/info.json").is_file():
+        raise DataError(f"{root} is no data set in the LeRobot format {VERSION}: no meta/info.json")
+    files = {
+        path.relative_to(root).as_posix(): path
+        for part in ("meta", "data", "videos")
+        for path in (root / part).rglob("*")
+        if path.is_file()
+    }
+    told = [
+        (name, sha256(path) if name.startswith("meta/") else path.stat().st_size)
+        for name, path in sorted(files.items())
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
 
 
 class _Reader:

@@ -22,7 +22,7 @@ import torch
 from torch import Tensor
 
 from feedforward.encoders import token_states
-from feedforward.files import DataError, atomic_write, cache_directory, sha256
+from feedforward.files import DataError, atomic_write, cache_directory
 from feedforward.layers.cost import count
 from feedforward.layers.routing import Routing
 from feedforward.profiles import resolve_device, unknown
@@ -36,6 +36,7 @@ from feedforward.records import (
     run_lock,
 )
 from feedforward.robot.demos import Chunks, Demonstrations, Statistics, collect, load_demonstrations
+from feedforward.robot.lerobot import dataset_key
 from feedforward.robot.policy import (
     FlowPolicy,
     Objective,
@@ -270,6 +271,14 @@ class RobotConfig:
             )
         if self.images and self.tasks and not simulator.environment.shows_images:
             raise ValueError(f"{simulator.name} shows states here: no images")
+
+    def data_key(self) -> str | None:
+        """What tells the data in a folder from others; None where scripted experts give them.
+
+        Raises:
+            DataError: When there is no such folder, or it holds no data set.
+        """
+        return None if self.source == SCRIPTED else dataset_key(_folder_of(self.source))
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -535,10 +544,8 @@ class _Training:
         plain = plain_config(self.config)
         names = ("policy", "parent", "tasks", "demonstrations", "seed", "source", "noise", "batch")
         decisive = {name: plain[name] for name in (*names, "state", "images")}
-        if self.config.source != SCRIPTED:
-            folder = _folder_of(self.config.source)
-            with_statistics = folder / "meta" / "stats.json"
-            decisive["data"] = sha256(with_statistics) if with_statistics.is_file() else None
+        if (data := self.config.data_key()) is not None:
+            decisive["data"] = data
         if tuned:
             decisive["tuning"] = plain["tuning"]
         key = f"{config_key(decisive, 'policies')}-{self.code}"
