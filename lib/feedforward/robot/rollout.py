@@ -197,7 +197,18 @@ class Rollouts:
 
     @cached_property
     def items(self) -> dict[str, float]:
-        """Success of each attempt in percent, 0 or 100, by the id of its start."""
+        """Success of each attempt in percent, 0 or 100, by the id of its start.
+
+        Raises:
+            ValueError: When starts of one id, as of other seeds or wordings, were rolled out
+                together: then `attempts` tells them apart by their places.
+        """
+        names = Counter(one.start.id for one in self.attempts)
+        if twice := [name for name, times in names.items() if times > 1]:
+            raise ValueError(
+                f"several starts are called {', '.join(map(repr, twice[:3]))}: look at attempts, "
+                "or roll them out one after the other"
+            )
         return {one.start.id: 100.0 * one.success for one in self.attempts}
 
     def by_task(self) -> dict[str, Rate]:
@@ -384,7 +395,7 @@ def roll_out(
         ActionError: When an action is not finite or has another size, with task and step.
         RolloutError: When a process was ended.
         RendererError: When images are wanted and there is no OpenGL.
-        ValueError: When a number is out of range, or two starts have one id.
+        ValueError: When a number is out of range.
     """
     horizon = policy.config.horizon
     execute = horizon if execute is None else execute
@@ -395,11 +406,6 @@ def roll_out(
         )
     if (images is None) != (encoder is None):
         raise ValueError("give images and their encoder together, or neither")
-    if twice := [name for name, times in Counter(one.id for one in starts).items() if times > 1]:
-        raise ValueError(
-            f"several starts are called {', '.join(map(repr, twice[:3]))}, and attempts are told "
-            "apart by these names: roll out starts of other seeds one after the other"
-        )
     policy.eval()
     told, words = _texts(starts)
     waiting = _dealt(starts, at_once)
