@@ -384,9 +384,11 @@ def run_directory(run: Callable[..., Record], config: Config) -> Path:
     """The folder in the cache for the checkpoints and weights of one run of `config`.
 
     It changes with the code that the run stands on: a run never continues from a checkpoint that
-    other code wrote.
+    other code wrote. A configuration that names data without holding them, as those of the reader,
+    says by a method ``data_key`` which they are now, and the folder changes with them, too.
     """
-    name = f"{config_key(config)}-{_run_fingerprint(run)}"
+    data = config.data_key() if hasattr(config, "data_key") else None
+    name = "-".join(part for part in (config_key(config), data, _run_fingerprint(run)) if part)
     return cache_directory("runs", config.experiment, name)
 
 

@@ -123,9 +123,12 @@ def test_an_interrupted_collection_goes_on(collected, tmp_path, interrupt):
     begun = interrupt(9)
     assert same(collect(QUICK, 2, seed=3, workers=1, folder=folder, progress=False), collected)
     assert len(begun) == 1
+    # as a run leaves it that is killed when the set is there
+    (tmp_path / ".set.collecting").mkdir()
     begun = interrupt(0)
     assert same(collect(QUICK, 2, seed=3, workers=1, folder=folder, progress=False), collected)
     assert begun == []
+    assert {path.name for path in tmp_path.iterdir()} <= {"set", ".set.lock"}
 
 
 def test_a_damaged_episode_of_an_interrupted_collection_is_named_and_collected_again(
@@ -192,6 +195,14 @@ def test_what_cannot_be_collected_is_refused():
         collect(["reach"], 1, state="whole")
 
 
+def test_images_that_cannot_be_stored_are_refused_before_anything_is_simulated(tmp_path, interrupt):
+    begun = interrupt(1)
+    with pytest.raises(ValueError, match=r"images of 85 pixels.*even size"):
+        collect(QUICK, 1, images=Images(85), folder=tmp_path / "set", workers=1, progress=False)
+    assert begun == []
+    assert list(tmp_path.iterdir()) == []
+
+
 # --- images -------------------------------------------------------------------------------------
 
 
@@ -226,7 +237,9 @@ def test_episodes_are_selected_with_their_frames(make_episodes):
     assert some.episodes.tolist() == [3, 1]
     assert some.state_statistics is them.state_statistics
     assert np.array_equal(some.episode, np.repeat([0, 1], [len(episodes[3]), len(episodes[1])]))
-    for wrong in ([4], [-1], []):
+    mask = np.array([False, True, False, True])
+    assert them.select(mask).episodes.tolist() == [1, 3]
+    for wrong in ([4], [-1], [], [0.9, 1.7], mask[:3], ~mask & mask):
         with pytest.raises(ValueError, match="of 4: name some"):
             them.select(wrong)
 

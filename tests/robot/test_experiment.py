@@ -1,5 +1,8 @@
 """Runs of policies: parents shared, resumed exactly, scored as the ledger reads them."""
 
+import re
+import shutil
+import warnings
 from dataclasses import replace
 
 import numpy as np
@@ -25,7 +28,7 @@ from feedforward.robot.runs import (
     run,
     trained_policy,
 )
-from feedforward.robot.tasks import find_task
+from feedforward.robot.tasks import Images, find_task
 from feedforward.robot.vision import FEATURES
 from feedforward.training import TrainingConfig
 
@@ -239,6 +242,74 @@ def test_a_folder_in_the_format_trains_without_a_simulator(given, tmp_path, monk
         trained(replace(config, policy=seeing))
 
 
+def folder_of(path, episodes, fps=80):
+    names = {"state_names": [str(i) for i in range(39)], "action_names": list("xyzg")}
+    return write_dataset(path, episodes, fps=fps, **names)
+
+
+def test_other_data_in_the_readers_folder_are_another_run(given, tmp_path, monkeypatch):
+    config = replace(CONFIG, tasks=(), long_tasks=(), source=LOCAL)
+    options = {"progress": False, "device": "cpu"}
+    frames, losses, keys = [], [], []
+    for name, count in (("one", 2), ("other", 4)):
+        folder_of(tmp_path / name / "robot", given[:count])
+        monkeypatch.setenv(LOCAL, str(tmp_path / name))
+        record = records.cached(run, config, profile="smoke", **options)
+        assert run(config, **options).metrics == record.metrics
+        frames.append(record.metrics["frames"])
+        losses.append(record.metrics["last loss"])
+        keys.append(config.data_key())
+    assert frames == [24, 48]
+    assert losses[0] != losses[1]
+    monkeypatch.setenv(LOCAL, str(tmp_path / "one"))
+    assert records.cached(run, config, profile="smoke", **options).metrics["frames"] == 24
+    # a folder by its path, in which episodes are replaced by others
+    there = replace(config, source=str(tmp_path / "one" / "robot"))
+    first = run(there, **options).metrics["last loss"]
+    shutil.rmtree(tmp_path / "one")
+    folder_of(tmp_path / "one" / "robot", given[2:])
+    assert run(there, **options).metrics["last loss"] != first
+    assert there.data_key() not in keys
+    assert CONFIG.data_key() is None
+    with pytest.raises(DataError, match="is no data set"):
+        run(replace(config, source=str(tmp_path / "none")), **options)
+
+
+def test_views_are_those_of_the_cameras_in_their_order(given, tmp_path, monkeypatch):
+    shown = []
+
+    def features(images, frames, **_):
+        shown.append({name: int(own[:1].mean()) for name, own in images.items()})
+        return np.zeros((frames, len(images), FEATURES), np.float32)
+
+    monkeypatch.setattr(runs, "frame_features", features)
+    values = {"gripperPOV": 10, "corner2": 20, "topview": 30}
+    cameras = {name: np.full((12, 16, 16, 3), it, np.uint8) for name, it in values.items()}
+    seen = [replace(it, state=it.state[:, :4], images=cameras) for it in given]
+    data = Demonstrations.of(seen)
+    config = replace(
+        CONFIG,
+        policy=replace(CONFIG.policy, state=4, cameras=2, image_width=FEATURES),
+        state="robot",
+        source="somewhere",
+        images=Images(16, ("corner2", "gripperPOV")),
+    )
+    runs._Batches(config, data, torch.device("cpu"))
+    assert list(shown[0].items()) == [("corner2", 20), ("gripperPOV", 10)]
+    other = replace(config, images=Images(16, ("corner2", "behindGripper")))
+    with pytest.raises(DataError, match="no images of behindGripper but of gripperPOV, corner2"):
+        runs._Batches(other, data, torch.device("cpu"))
+
+
+def test_another_rate_than_the_simulators_is_told(given, tmp_path):
+    for fps, told in ((80, False), (10, True)):
+        config = replace(CONFIG, source=str(folder_of(tmp_path / str(fps), given, fps)))
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            _ = runs._Training(config, False, torch.device("cpu")).data
+        assert any("10 frames a second" in str(it.message) for it in found) == told
+
+
 @pytest.mark.parametrize(
     ("changes", "message"),
     [
@@ -248,6 +319,14 @@ def test_a_folder_in_the_format_trains_without_a_simulator(given, tmp_path, monk
         ({"tasks": (), "long_tasks": ()}, "need tasks"),
         ({"batch": 0}, "batch is 0"),
         ({"evaluation": Evaluation(execute=5)}, "horizon of 4"),
+        ({"tuning": Tuning(TRAINING, hidden=8)}, "at least its hidden width 16"),
+        ({"tuning": Tuning(TRAINING, hidden=0)}, "hidden is 0"),
+        ({"images": Images()}, "through 0 cameras and images name 1: corner2"),
+        ({"policy": replace(CONFIG.policy, cameras=1, image_width=9)}, "images name 0: none"),
+        ({"policy": replace(CONFIG.policy, action=7)}, "7 numbers and Meta-World takes 4: x, y"),
+        ({"tasks": ("reach", "reach-v3")}, "tasks names a task twice"),
+        ({"seed": -1}, "seed is -1"),
+        ({"noise": -0.1}, "noise -0.1"),
     ],
 )
 def test_configurations_that_do_not_fit_are_refused(changes, message, monkeypatch):
@@ -261,8 +340,31 @@ def test_tuning_refuses_what_does_not_go_together():
         Tuning(TRAINING, "adamoe", hidden=8)
     with pytest.raises(ValueError, match="preserve"):
         Tuning(TRAINING, preserve=True)
+    for wrong, message in (
+        ({"ffn": "adamoo"}, "adamoe"),
+        ({"experts": 8}, "experts is 8 with ffn='dense'"),
+        ({"k": 2}, "k is 2 with ffn='dense'"),
+        ({"shared_weight": 0.5}, "shared_weight is 0.5 with ffn='dense'"),
+        ({"ffn": "adamoe", "k": 5}, "k is 5"),
+        ({"ffn": "adamoe", "shared_weight": 7.0}, "shared_weight is 7.0"),
+        ({"ffn": "adamoe", "balance": (-0.1, 0.0)}, "give two numbers from 0"),
+        ({"ffn": "adamoe", "balance": (0.1,)}, "give two numbers from 0"),
+        ({"ffn": "adamoe", "switch": -1}, "switch is -1"),
+        ({"ffn": "adamoe", "router_rate": 0.0}, "router_rate is 0.0"),
+        ({"ffn": "adamoe", "router_warmup": -1}, "router_warmup -1"),
+    ):
+        with pytest.raises(ValueError, match=re.escape(message)):
+            Tuning(TRAINING, **wrong)
     with pytest.raises(ValueError, match="episodes is 0"):
         Evaluation(episodes=0)
+    with pytest.raises(ValueError, match="seed is -1"):
+        Evaluation(seed=-1)
+
+
+def test_names_of_tasks_are_kept_as_they_are_found():
+    long = replace(CONFIG, tasks=("drawer-close-v3", "reach"), long_tasks=("reach-v3",))
+    assert long == CONFIG
+    assert records.config_key(long) == records.config_key(CONFIG)
 
 
 # --- the arms -----------------------------------------------------------------------------------

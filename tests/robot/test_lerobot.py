@@ -3,6 +3,8 @@
 import io
 import json
 import sys
+import warnings
+from dataclasses import replace
 
 import numpy as np
 import pyarrow as pa
@@ -12,7 +14,16 @@ from PIL import Image
 
 from feedforward.files import DataError
 from feedforward.robot import lerobot
-from feedforward.robot.lerobot import VideoError, decode, encode, read_dataset, write_dataset
+from feedforward.robot.demos import load_demonstrations
+from feedforward.robot.lerobot import (
+    Clip,
+    Episode,
+    VideoError,
+    decode,
+    encode,
+    read_dataset,
+    write_dataset,
+)
 
 KEY = "observation.images.front"
 
@@ -126,6 +137,72 @@ def test_datasets_of_hugging_face_load_the_tables_as_lerobot_does(stored):
     assert table.column_names == list(features)
 
 
+def test_single_numbers_are_a_plain_column_as_lerobot_has_them(tmp_path):
+    values = np.arange(5, dtype=np.float32)[:, None]
+    folder = write_dataset(
+        tmp_path / "set",
+        [Episode("turn", values, 2 * values, {})],
+        fps=10,
+        state_names=["angle"],
+        action_names=["effort"],
+    )
+    table = pq.read_table(folder / "data/chunk-000/file-000.parquet")
+    assert table.schema.field("observation.state").type == pa.float32()
+    found = read_dataset(folder)
+    assert np.array_equal(found.state, values)
+    assert np.array_equal(found.actions, 2 * values)
+    assert load_demonstrations(folder).action_statistics.mean.shape == (1,)
+
+
+@pytest.mark.parametrize("fps", [12.5, 29.97, 0.4])
+def test_a_rate_need_not_be_whole(tmp_path, make_episodes, fps):
+    folder = tmp_path / "set"
+    names = {"state_names": list("abcde"), "action_names": list("xyz")}
+    write_dataset(folder, make_episodes(), fps=fps, **names)
+    found = read_dataset(folder)
+    assert found.info["fps"] == fps
+    assert (shown(found.images["front"][:]) == np.arange(len(found.state)) % 64).all()
+
+
+@pytest.mark.parametrize("fps", [0, -3, float("nan"), None])
+def test_a_rate_must_be_positive(tmp_path, make_episodes, fps):
+    names = {"state_names": list("abcde"), "action_names": list("xyz")}
+    with pytest.raises(ValueError, match=r"fps is .*give a positive number"):
+        write_dataset(tmp_path / "set", make_episodes(cameras=()), fps=fps, **names)
+    with pytest.raises(ValueError, match="fps is"):
+        encode(np.zeros((2, 16, 16, 3), np.uint8), fps)
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_clips_of_one_form_are_joined_and_others_refused(tmp_path, make_episodes):
+    first, second, *_ = make_episodes()
+
+    def clip(episode, fps=20, **more):
+        return encode(episode.images["front"], fps, **more)
+
+    def stored(name, *clips):
+        pairs = zip((first, second), clips, strict=True)
+        return write(tmp_path / name, [replace(it, images={"front": own}) for it, own in pairs])
+
+    good = clip(first)
+    longer = Clip(good.data, (len(first) + 1, 16, 16), good.histogram)
+    for other, message in (
+        (clip(second, 10), "episode 1 has a clip of front at 10 frames a second, and fps is 20"),
+        (clip(second, lossless=False), "episode 1 has a clip of front in another form .*yuv420p"),
+        (clip(first), r"episode 1 has parts of"),
+        (replace(clip(second), data=b"junk"), "cannot be read"),
+    ):
+        with pytest.raises(DataError, match=message):
+            stored("set", good, other)
+    with pytest.raises(DataError, match="episode 0 has parts of"):
+        stored("set", longer, clip(second))
+    with pytest.raises(DataError, match=r"episode 0 has a clip of front of \(\d+, 16, 16\) frames"):
+        stored("set", replace(clip(second), shape=good.shape), clip(second))
+    both = stored("lossy", *(clip(it, lossless=False) for it in (first, second)))
+    info = json.loads((both / "meta/info.json").read_text())["features"][KEY]["info"]
+    assert (info["video.codec"], info["video.pix_fmt"]) == ("h264", "yuv420p")
+
+
 def test_statistics_are_those_of_all_frames(stored, make_episodes):
     found = json.loads((stored / "meta/stats.json").read_text())
     actions = np.concatenate([episode.actions for episode in make_episodes()]).astype(float)
@@ -199,6 +276,19 @@ def test_episodes_that_do_not_fit_are_named(tmp_path, make_episodes):
     write(tmp_path / "set", [first])
     with pytest.raises(DataError, match="exists"):
         write(tmp_path / "set", [first])
+
+
+def test_a_folder_that_another_writes_meanwhile_is_left_to_it(tmp_path, make_episodes):
+    first, second, *_ = make_episodes(cameras=())
+
+    def slow():
+        yield first
+        write(tmp_path / "set", [second])
+
+    with pytest.raises(DataError, match=r"another process wrote .*set meanwhile"):
+        write(tmp_path / "set", slow())
+    assert np.array_equal(read_dataset(tmp_path / "set").state, second.state)
+    assert [path.name for path in tmp_path.iterdir()] == ["set"]
 
 
 # --- video --------------------------------------------------------------------------------------
@@ -338,18 +428,25 @@ def test_what_is_no_data_set_is_refused(tmp_path, stored):
     with pytest.raises(DataError, match=r"info.json is missing.*no data set"):
         read_dataset(tmp_path)
     (stored / "meta/info.json").write_text("{")
-    with pytest.raises(DataError, match=r"info.json is damaged"):
+    with pytest.raises(DataError, match=r"info.json is damaged or was changed"):
+        read_dataset(stored)
+    (stored / "meta/checksums.json").unlink()
+    with pytest.raises(DataError, match=r"info.json is damaged: "):
         read_dataset(stored)
 
 
 @pytest.mark.parametrize(
-    "name", ["meta/stats.json", "meta/tasks.parquet", "meta/episodes/chunk-000/file-000.parquet"]
+    "name",
+    [
+        *("meta/info.json", "meta/stats.json", "meta/tasks.parquet"),
+        "meta/episodes/chunk-000/file-000.parquet",
+    ],
 )
 def test_a_description_that_changed_is_refused(stored, name):
     content = bytearray((stored / name).read_bytes())
     content[len(content) // 2] ^= 1
     (stored / name).write_bytes(content)
-    with pytest.raises(DataError, match="was changed since it was written"):
+    with pytest.raises(DataError, match=r"was changed since.*delete meta/checksums.json"):
         read_dataset(stored)
 
 
@@ -371,6 +468,35 @@ def test_a_flipped_bit_costs_one_episode_and_names_it(stored, make_episodes):
     before = np.cumsum([0, *map(len, episodes)])
     frames = np.concatenate([np.arange(before[it], before[it + 1]) for it in found.episodes])
     assert (shown(found.images["front"][:]) == frames % 64).all()
+
+
+def test_sound_files_that_changed_are_read_with_a_warning_that_says_how_to_mend_it(
+    stored, make_episodes
+):
+    other = write(stored.with_name("other"), make_episodes(cameras=("front", "back")))
+    expected = r"was changed since it was written.*delete meta/checksums.json"
+    path = f"videos/{KEY}/chunk-000/file-000.mp4"
+    turned = [
+        replace(it, images={name: 255 - frames for name, frames in it.images.items()})
+        for it in make_episodes()
+    ]
+    (stored / path).write_bytes((write(stored.with_name("turned"), turned) / path).read_bytes())
+    with pytest.warns(UserWarning, match=rf"{KEY}.*{expected}"):
+        read_dataset(stored)
+    path = "data/chunk-000/file-000.parquet"
+    table = pq.read_table(other / path)
+    twice = pa.FixedSizeListArray.from_arrays(
+        pa.array(2 * table["action"].combine_chunks().flatten().to_numpy()), 3
+    )
+    pq.write_table(table.set_column(1, "action", twice), other / path)
+    with pytest.warns(UserWarning, match=rf"file-000.parquet {expected}"):
+        found = read_dataset(other)
+    actions = np.concatenate([it.actions for it in make_episodes()])
+    assert np.array_equal(found.actions, 2 * actions)
+    (other / "meta/checksums.json").unlink()
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        read_dataset(other)
 
 
 def rewritten(stored, change):
@@ -413,4 +539,257 @@ def test_a_video_that_is_damaged_costs_what_it_shows(stored, make_episodes):
         read_dataset(stored)
     path.unlink()
     with pytest.warns(UserWarning, match=r"file-000.mp4"), pytest.raises(DataError):
+        read_dataset(stored)
+
+
+def test_videos_of_others_are_looked_at_and_their_damage_is_named(
+    tmp_path, make_episodes, monkeypatch
+):
+    monkeypatch.setattr(lerobot, "_VIDEO_MB", 3e-3)
+    folder = write(tmp_path / "set", make_episodes())
+    (folder / "meta/checksums.json").unlink()
+    videos = sorted((folder / "videos" / KEY).glob("*/*.mp4"))
+    videos[-1].write_bytes(videos[-1].read_bytes()[:400])
+    with pytest.warns(UserWarning, match=r"episode 3 .* is left out: .*cannot be read"):
+        found = read_dataset(folder)
+    assert 3 not in found.episodes
+    # what the last frames do not tell is an error when it is asked for
+    frames = found.images["front"]
+    monkeypatch.setattr(lerobot, "decode", broken_after(float(frames.seconds[5])))
+    with pytest.raises(VideoError, match=r"^episode 0: .*no frame"):
+        frames[:]
+    with pytest.raises(VideoError, match=r"^episode 0: .*no frame"):
+        frames.select(np.arange(3, 9))[:]
+
+
+def broken_after(end):
+    def broken(path, seconds, fps):
+        if max(seconds) > end:
+            raise VideoError(f"{path} has no frame at {max(seconds)}")
+        return decode(path, seconds, fps)
+
+    return broken
+
+
+def test_a_picture_that_is_damaged_is_named(tmp_path):
+    folder = foreign(tmp_path / "set")
+    path = folder / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    pictures = table["image"].to_pylist()
+    pictures[8]["bytes"], pictures[9]["bytes"] = b"junk", None
+    column = pa.array(pictures, type=table["image"].type)
+    pq.write_table(table.set_column(0, "image", column), path)
+    images = read_others(folder).images["image"]
+    assert images[:8].shape == (8, 4, 6, 3)
+    with pytest.raises(VideoError, match=r"episode 1: row 8 of 'image' in .* is damaged"):
+        images[7:9]
+    with pytest.raises(VideoError, match=r"episode 1: row 9 .* holds no picture"):
+        images[np.array([9])]
+
+
+def test_pictures_are_those_of_the_file_that_is_there(tmp_path):
+    folder = foreign(tmp_path / "set")
+    first = read_others(folder).images["image"]
+    assert first[:3][:, 0, 0, 0].tolist() == [0, 10, 20]
+    path = folder / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    pictures = table["image"].to_pylist()[::-1]
+    column = pa.array(pictures, type=table["image"].type)
+    pq.write_table(table.set_column(0, "image", column), path, row_group_size=4)
+    assert read_others(folder).images["image"][:3][:, 0, 0, 0].tolist() == [110, 100, 90]
+
+
+# --- what others write --------------------------------------------------------------------------
+
+
+def read_others(folder):
+    return read_dataset(folder, state_key="robot/state", action_key="actions")
+
+
+def described(folder, **changes):
+    path = folder / "meta/info.json"
+    info = json.loads(path.read_text())
+    for name, value in changes.items():
+        if value is None:
+            info.pop(name)
+        else:
+            info[name] = value
+    path.write_text(json.dumps(info))
+
+
+def test_what_info_leaves_out_is_lerobots_own(tmp_path, stored):
+    folder = foreign(tmp_path / "others")
+    described(folder, data_path=None, video_path=None)
+    assert len(read_others(folder).state) == 18
+    (stored / "meta/checksums.json").unlink()
+    described(stored, data_path=None, video_path=None)
+    (stored / "meta/stats.json").unlink()
+    found = load_demonstrations(stored)
+    assert found.images["front"][:].shape == (len(found), 16, 16, 3)
+    assert np.allclose(found.action_statistics.std, found.actions.std(0), atol=1e-6)
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"fps": None}, "no rate of frames: fps is None"),
+        ({"fps": 0}, "no rate of frames: fps is 0"),
+        ({"features": None}, "describes no features"),
+        ({"data_path": "data/{episode}.parquet"}, "data_path 'data/{episode}.parquet', which"),
+    ],
+)
+def test_what_info_must_say_is_asked_for(tmp_path, changes, message):
+    folder = foreign(tmp_path / "set")
+    described(folder, **changes)
+    with pytest.raises(DataError, match=message):
+        read_others(folder)
+
+
+def test_statistics_that_do_not_fit_are_refused_and_missing_ones_computed(stored):
+    path = stored / "meta/stats.json"
+    path.unlink()
+    with pytest.raises(DataError, match=r"stats.json is missing"):
+        read_dataset(stored)
+    (stored / "meta/checksums.json").unlink()
+    good = {"mean": [0, 0, 0], "std": [1, 1, 1], "min": [-1, -1, -1], "max": [1, 1, 1]}
+    for change, message in (
+        ({"mean": [0, 0]}, r"'action', which has 3 numbers, the mean \[0.0, 0.0\]"),
+        ({"std": [1, -1, 1]}, "the std"),
+        ({"max": [1, None, 1]}, "the max"),
+        ({"max": ["a", "b", "c"]}, "is damaged at 'action'"),
+    ):
+        path.write_text(json.dumps({"action": good | change}))
+        with pytest.raises(DataError, match=message):
+            read_dataset(stored)
+    path.write_text(json.dumps({"action": good, "observation.state": None, "note": "by hand"}))
+    found = load_demonstrations(stored)
+    assert found.action_statistics.std.tolist() == [1, 1, 1]
+    assert np.allclose(found.state_statistics.std, found.state.std(0), atol=1e-6)
+
+
+def test_numbers_of_tasks_may_have_gaps(tmp_path):
+    folder = foreign(tmp_path / "set")
+    tasks = folder / "meta/tasks.parquet"
+    pq.write_table(pa.table({"task_index": [7, 1, 0], "task": ["x", "one", "zero"]}), tasks)
+    for path in (folder / "data").glob("*/*.parquet"):
+        table = pq.read_table(path)
+        moved = pa.array([{0: 0, 1: 7}[it] for it in table["task_index"].to_pylist()])
+        place = table.column_names.index("task_index")
+        pq.write_table(table.set_column(place, "task_index", moved), path)
+    found = read_others(folder)
+    assert found.instructions == ("zero", "one", "x")
+    assert found.task.tolist() == [0, 2, 0]
+    for wrong in ({"task_index": [0, 0], "task": ["a", "b"]}, {"task_index": [0], "task": [None]}):
+        pq.write_table(pa.table(wrong), tasks)
+        with pytest.raises(DataError, match="an instruction and a number of its own"):
+            read_others(folder)
+    pq.write_table(pa.table({"task_index": [0], "task": ["zero"]}), tasks)
+    with pytest.warns(UserWarning, match=r"episode 1 .*its task 7 is not among the 1"):
+        assert read_others(folder).episodes.tolist() == [0, 2]
+
+
+@pytest.mark.parametrize(
+    "kind",
+    [
+        pa.list_(pa.float64()),
+        pa.large_list(pa.float32()),
+        pa.list_(pa.list_(pa.float32())),
+        pa.list_(pa.list_(pa.float32(), 7), 1),
+    ],
+)
+def test_lists_of_any_kind_are_numbers(tmp_path, kind):
+    folder = foreign(tmp_path / "set")
+    before = read_others(folder).actions
+    nested = pa.types.is_list(kind.value_type) or pa.types.is_fixed_size_list(kind.value_type)
+    for path in (folder / "data").glob("*/*.parquet"):
+        table = pq.read_table(path)
+        rows = table["actions"].to_pylist()
+        column = pa.array([[row] for row in rows] if nested else rows, type=kind)
+        place = table.column_names.index("actions")
+        pq.write_table(table.set_column(place, "actions", column), path)
+    if nested:
+        features = json.loads((folder / "meta/info.json").read_text())["features"]
+        features["actions"]["shape"] = [1, 7]
+        described(folder, features=features)
+    assert np.array_equal(read_others(folder).actions, before)
+
+
+def changed(folder, name, column):
+    """Frames of the first file with another column; None leaves it out."""
+    path = folder / "data/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    place = table.column_names.index(name)
+    table = table.remove_column(place)
+    pq.write_table(table if column is None else table.add_column(place, name, column), path)
+
+
+@pytest.mark.parametrize("name", ["actions", "task_index", "frame_index", "image"])
+def test_a_column_that_is_not_there_is_named(tmp_path, name):
+    folder = foreign(tmp_path / "set")
+    changed(folder, name, None)
+    with pytest.raises(DataError, match=rf"file-000.parquet has no column '{name}'; it has"):
+        read_others(folder)
+
+
+def test_columns_that_hold_something_else_are_named(tmp_path):
+    folder = foreign(tmp_path / "set")
+    changed(folder, "actions", pa.array(["go"] * 12))
+    with pytest.raises(DataError, match="no numbers in 'actions' but string"):
+        read_others(folder)
+
+
+def test_nothing_in_the_place_of_numbers_costs_its_episode(tmp_path):
+    rows = np.zeros((12, 7)).tolist()
+    for name, column in (
+        ("actions", pa.array([*rows[:3], None, *rows[4:]])),
+        ("actions", pa.array([*rows[:3], rows[0][:6], *rows[4:]])),
+        ("actions", pa.array([*rows[:3], [None, *rows[0][1:]], *rows[4:]])),
+        ("frame_index", pa.array([0, 1, 2, None, 4, 5, 6, 0, 1, 2, 3, 4])),
+        ("task_index", pa.array([None] * 7 + [1] * 5)),
+    ):
+        folder = foreign(tmp_path / f"{name} {len(list(tmp_path.iterdir()))}")
+        changed(folder, name, column)
+        with pytest.warns(UserWarning, match=r"episode 0 .* is left out"):
+            assert read_others(folder).episodes.tolist() == [1, 2]
+    path = folder / "meta/episodes/chunk-000/file-000.parquet"
+    table = pq.read_table(path)
+    place = table.column_names.index("length")
+    pq.write_table(table.set_column(place, "length", pa.array([7, None, 6])), path)
+    with pytest.warns(UserWarning, match=r"episode 1 .*meta/episodes gives it no length"):
+        assert read_others(folder).episodes.tolist() == [2]
+    pq.write_table(table.remove_column(place), path)
+    with pytest.raises(DataError, match="has no column 'length'"):
+        read_others(folder)
+
+
+@pytest.mark.parametrize(
+    ("shape", "names"),
+    [
+        ([3, 4, 6], None),
+        ([3, 4, 6], ["rgb", "rows", "columns"]),
+        ([3, 4, 6], ["channel", "height", "width"]),
+        ([4, 6, 3], None),
+        ([4, 6, 3], ["height", "width", "channel"]),
+    ],
+)
+def test_colours_may_come_first(tmp_path, shape, names):
+    folder = foreign(tmp_path / "set")
+    features = json.loads((folder / "meta/info.json").read_text())["features"]
+    features["image"] |= {"shape": shape, "names": names}
+    described(folder, features=features)
+    assert read_others(folder).images["image"][4:6].shape == (2, 4, 6, 3)
+
+
+def test_images_of_another_size_than_described_are_named(tmp_path, stored):
+    folder = foreign(tmp_path / "others")
+    features = json.loads((folder / "meta/info.json").read_text())["features"]
+    features["image"]["shape"] = [3, 6, 4]
+    described(folder, features=features)
+    with pytest.raises(VideoError, match=r"episode 0: row 2 .* has 4 x 6 .* 6 x 4 are described"):
+        read_others(folder).images["image"][2:3]
+    (stored / "meta/checksums.json").unlink()
+    features = json.loads((stored / "meta/info.json").read_text())["features"]
+    features[KEY]["shape"] = [8, 8, 3]
+    described(stored, features=features)
+    with pytest.warns(UserWarning, match="16 x 16 .* 8 x 8"), pytest.raises(DataError):
         read_dataset(stored)

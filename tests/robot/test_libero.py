@@ -319,9 +319,13 @@ def test_a_package_that_does_not_load_says_why(monkeypatch):
     assert os.environ.get("MUJOCO_GL") == before
 
 
-def test_images_are_refused_and_so_are_wrong_actions(made_up):
+def test_images_are_refused_and_so_are_wrong_actions(made_up, monkeypatch):
     with pytest.raises(ValueError, match=r"ketchup is of LIBERO.*no images"):
         libero._Libero(find_task("ketchup"), 0, Images(), "full")
+    monkeypatch.setattr(MadeUp, "shows_images", libero._Libero.shows_images)
+    seeing = replace(grid("adamoe-libero", "cpu")["dense"].policy, cameras=1, image_width=9)
+    with pytest.raises(ValueError, match="LIBERO shows states here: no images"):
+        replace(grid("adamoe-libero", "cpu")["dense"], policy=seeing, images=Images())
     environment = make_environment("milk")
     environment.reset(0)
     with pytest.raises(ActionError, match=r"'milk', step 1.*\(4,\).*\(7,\): x, y, z, turn_x"):

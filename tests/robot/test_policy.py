@@ -2,6 +2,7 @@ import copy
 import math
 from dataclasses import replace
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -10,6 +11,7 @@ from feedforward import MoE, ScaleAdapterRouter, TopKRouter, collect_routing, co
 from feedforward import load_balancing_loss as balance_loss
 from feedforward.files import DataError
 from feedforward.layers.cost import PAPER_SHAPES
+from feedforward.robot.demos import Statistics
 from feedforward.robot.policy import (
     CONFIGS,
     FFNS,
@@ -611,11 +613,23 @@ def test_statistics_normalise_inside():
         ({"action": {"mean": [0.0] * 2, "std": [1.0] * 2}}, r"shape \(2,\)"),
         ({"action": {"mean": [0.0] * 3, "std": [1.0, -1.0, 1.0]}}, "not usable"),
         ({"action": {"mean": [0.0, math.nan, 0.0], "std": [1.0] * 3}}, "not usable"),
+        ({"action": None}, "mean of action holds no numbers"),
+        ({"action": {"mean": ["a", "b", "c"], "std": [1.0] * 3}}, "holds no numbers"),
     ],
 )
 def test_unusable_statistics(change, message):
+    policy = FlowPolicy(SMALL)
     with pytest.raises(ValueError, match=message):
-        make().set_statistics(STATISTICS | change)
+        policy.set_statistics(STATISTICS | change)
+    assert not policy.state_mean.any()  # nothing is half applied
+
+
+def test_both_normalisers_agree_on_what_stands_still():
+    values = 1 + np.array([[5e-5, 2e-4]]) * np.array([[-1.0], [1.0]])
+    own = Statistics.of(values)
+    policy = FlowPolicy(replace(SMALL, state=2, action=2))
+    policy.set_statistics(dict.fromkeys(("observation.state", "action"), vars(own)))
+    assert policy.state_std.tolist() == own.scale.tolist() == [1, pytest.approx(2e-4)]
 
 
 def test_saved_and_loaded(tmp_path):
@@ -681,6 +695,24 @@ def test_impossible_configurations(change, message):
 def test_batches_that_do_not_fit(change, message):
     with pytest.raises(ValueError, match=message):
         make().loss(make_batch() | change)
+
+
+def test_a_velocity_is_asked_for_what_fits():
+    policy, batch = make(), make_batch()
+    actions, times = batch["actions"], torch.rand(6, dtype=torch.float64)
+    policy.velocity(actions, times, *seen(batch), mask=batch["mask"])
+    for changed, message in (
+        ({"actions": actions[:, :1]}, "actions has shape"),
+        ({"times": times[:2]}, "times has shape"),
+        ({"state": torch.zeros(6, 4)}, "state has shape"),
+        ({"text": torch.zeros(6, 5, 11)}, "text has shape"),
+        ({"mask": torch.ones(6, 4)}, "mask has shape"),
+    ):
+        names = ("state", "text", "text_mask", "images")
+        given = dict(zip(names, seen(batch), strict=False))
+        given |= {"actions": actions, "times": times} | changed
+        with pytest.raises(ValueError, match=message):
+            policy.velocity(**given)
 
 
 def test_other_bad_input():

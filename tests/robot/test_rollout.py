@@ -124,6 +124,27 @@ def test_kept_experts_are_those_that_the_plan_chose(short):
             assert np.allclose(attempt.weights[:3, euler, layer], found.weights[:3].numpy())
 
 
+def test_experts_beyond_a_byte_are_kept_as_they_are(short):
+    wide = policy(experts=300, k=2)
+    for block in wide.action_expert.blocks:  # the last ones are chosen throughout
+        block.ffn.router.gate.data.zero_()
+        block.ffn.router.gate.data[-2:] = torch.tensor([[1.0], [-1.0]])
+    attempt = roll_out(wide, make_starts(["reach"], 1), steps=1, progress=False).attempts[0]
+    assert attempt.experts.max() > 256
+    assert attempt.uses(0, 300)[:, -2:].sum() > 0
+    few = roll_out(policy(experts=3), make_starts(["reach"], 1), steps=1, progress=False)
+    assert few.attempts[0].experts.dtype == np.uint8
+
+
+def test_starts_of_one_name_are_not_counted_by_it(short):
+    starts = make_starts(["reach"], 2) + make_starts(["reach"], 2, seed=1)
+    found = roll_out(policy(), starts, steps=1, progress=False)
+    assert tuple(one.start for one in found.attempts) == starts
+    assert found.success.episodes == 4
+    with pytest.raises(ValueError, match="several starts are called 'reach 0', 'reach 1'"):
+        _ = found.items
+
+
 @pytest.mark.slow
 def test_processes_give_the_same_rollouts():
     starts = make_starts(["reach", "drawer-close"], 1)
@@ -288,6 +309,14 @@ def test_drawn_films_need_no_renderer(attempt, tmp_path, monkeypatch):
     assert np.abs(again[1].astype(int) - frames[3]).mean() < 10
     with pytest.raises(ValueError, match="0 frames"):
         save_gif(frames[:0], tmp_path / "none.gif")
+
+
+def test_an_attempt_whose_simulator_shows_no_images_is_drawn(attempt, monkeypatch):
+    monkeypatch.setattr(films, "choose_backend", lambda: "egl")
+    monkeypatch.setattr(films, "rendered_frames", lambda *_, **__: "rendered")
+    monkeypatch.setattr(films, "drawn_frames", lambda *_, **__: "drawn")
+    assert film(attempt) == "rendered"
+    assert film(replace(attempt, start=make_starts(["ketchup"], 1)[0])) == "drawn"
 
 
 def test_an_object_in_its_goal_is_seen(attempt, monkeypatch):

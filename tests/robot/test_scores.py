@@ -1,12 +1,19 @@
 """Other experts than the router's, and phases of other attempts."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import torch
 from torch import nn
 
 from feedforward import MoE, SwitchRouter, TopKRouter, collect_routing
-from feedforward.robot.scores import exchanged_phase_information, phase_information, rerouted
+from feedforward.robot.scores import (
+    exchanged_phase_information,
+    phase_information,
+    rerouted,
+    task_information,
+)
 
 F64 = {"dtype": torch.float64}
 
@@ -84,6 +91,26 @@ def test_what_cannot_be_rerouted_is_refused():
         rerouted(model, lambda r: r._replace(weights=r.weights[1:])),
     ):
         model(x)
+
+
+# --- labels -------------------------------------------------------------------------------------
+
+
+def test_labels_belong_to_what_they_label():
+    uses = [np.array([[2, 0], [2, 0]]), np.array([[0, 2], [0, 2]])]
+    phases = [np.array([0, 1]), np.array([0, 1])]
+    for wrong in ([0], [0, 1, 1], [-1, 0], [0.5, 1.0]):
+        for ask in (task_information, partial(exchanged_phase_information, phases=phases)):
+            with pytest.raises(ValueError, match=r"tasks (have shape|are) .*give"):
+                ask(uses, tasks=wrong)
+    for wrong in ([phases[0], np.array([0, 1, 1])], [phases[0], np.array([0, -1])]):
+        for ask in (phase_information, partial(exchanged_phase_information, tasks=[0, 0])):
+            with pytest.raises(ValueError, match=r"phases of episode 1 (have shape|are)"):
+                ask(uses, phases=wrong)
+    with pytest.raises(ValueError, match="phases of 1 episodes and uses of 2"):
+        phase_information(uses, phases[:1])
+    with pytest.raises(ValueError, match="at least one"):
+        task_information([], [])
 
 
 # --- phases of other attempts -------------------------------------------------------------------

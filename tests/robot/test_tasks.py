@@ -304,5 +304,14 @@ def test_images_stand_beside_the_same_states(renderer):
 def test_a_camera_must_be_there(renderer):
     with pytest.raises(ValueError, match="no camera 'corner5'; did you mean 'corner"):
         make_environment("reach", images=Images(cameras=("corner5",)))
-    with pytest.raises(ValueError, match="size from 1"):
-        Images(size=0)
+
+
+def test_images_need_a_size_and_names():
+    for size in (0, 84.0, True):
+        with pytest.raises(ValueError, match="size from 1"):
+            Images(size=size)
+    with pytest.raises(ValueError, match=r"give names, as in \('corner2',\)"):
+        Images(cameras="corner2")
+    with pytest.raises(ValueError, match="named twice"):
+        Images(cameras=("corner2", "corner2"))
+    assert Images(cameras=["top"]) == Images(cameras=("top",))

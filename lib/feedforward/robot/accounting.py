@@ -5,7 +5,7 @@ of a batch of full chunks.
 """
 
 from collections.abc import Iterable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import lru_cache
 
 import torch
@@ -13,7 +13,7 @@ import torch
 from feedforward.layers.cost import count
 from feedforward.profiles import Plan
 from feedforward.robot.policy import FlowPolicy, PolicyConfig
-from feedforward.robot.runs import EXPERIMENT, RobotConfig, Tuning
+from feedforward.robot.runs import EXPERIMENT, RobotConfig, Tuning, tuned
 
 _WORDS = 12  # tokens of an instruction, with the special ones
 
@@ -57,27 +57,6 @@ def policy_cost(policy: PolicyConfig, tuning: Tuning | None = None) -> PolicyCos
     per_chunk = expert.training_flops * (1 + policy.horizon) + prefix.training_flops * tokens
     return PolicyCost(
         whole.parameters, expert.parameters, expert.active_parameters, expert.flops, per_chunk
-    )
-
-
-def tuned(policy: PolicyConfig, tuning: Tuning | None) -> PolicyConfig:
-    """The sizes of what a dense parent becomes.
-
-    Args:
-        policy: The parent's.
-        tuning: What becomes of it; None for the parent itself.
-    """
-    if tuning is None:
-        return policy
-    if tuning.ffn == "dense":
-        hidden = tuning.hidden or policy.hidden
-        return replace(policy, hidden=hidden, prefix_hidden=policy.prefix_sizes[1])
-    return replace(
-        policy,
-        ffn=tuning.ffn,
-        experts=tuning.experts,
-        k=tuning.k,
-        shared_weight=tuning.shared_weight,
     )
 
 

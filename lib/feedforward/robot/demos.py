@@ -28,7 +28,14 @@ from tqdm import tqdm
 
 from feedforward.files import DataError, atomic_write
 from feedforward.profiles import unknown
-from feedforward.robot.lerobot import Clip, Episode, encode, read_dataset, write_dataset
+from feedforward.robot.lerobot import (
+    STILL,
+    Clip,
+    Episode,
+    encode,
+    read_dataset,
+    write_dataset,
+)
 from feedforward.robot.tasks import (
     CONTROL_HZ,
     Environment,
@@ -44,8 +51,6 @@ from feedforward.robot.tasks import (
 
 if TYPE_CHECKING:
     from torch import Tensor
-
-_CONSTANT = 1e-4  # a deviation below this is that of a number which stands still
 
 
 class CollectionError(RuntimeError):
@@ -80,8 +85,8 @@ class Statistics:
 
     @property
     def scale(self) -> np.ndarray:
-        """What to divide by: the deviation, or 1 for a number that stands still."""
-        return np.where(self.std < _CONSTANT, np.float32(1), self.std)
+        """What to divide by: the deviation, or 1 for a number that stands still (`STILL`)."""
+        return np.where(self.std < STILL, np.float32(1), self.std)
 
     def normalise(self, values):
         """Values (..., D), arrays or tensors, with mean 0 and deviation 1."""
@@ -141,13 +146,21 @@ class Demonstrations:
     def select(self, episodes: Iterable[int]) -> "Demonstrations":
         """The same with some of the episodes, in the order given; the statistics stay.
 
+        Args:
+            episodes: Their places, or for each episode True or False.
+
         Raises:
             ValueError: When there is no such episode, or none is named.
         """
-        chosen = np.asarray(list(episodes), dtype=np.int64)
-        count = len(self.task)
-        if not len(chosen) or chosen.min() < 0 or chosen.max() >= count:
-            raise ValueError(f"episodes {chosen.tolist()} of {count}: name some from 0 to below it")
+        chosen, count = np.asarray(list(episodes)), len(self.task)
+        if chosen.dtype == bool and len(chosen) == count:
+            chosen = np.flatnonzero(chosen)
+        whole = np.issubdtype(chosen.dtype, np.integer)
+        if not len(chosen) or not whole or chosen.min() < 0 or chosen.max() >= count:
+            raise ValueError(
+                f"episodes {chosen.tolist()} of {count}: name some from 0 to below it, or say of "
+                "each of them True or False"
+            )
         places = np.concatenate([np.arange(len(self))[self.frames(it)] for it in chosen])
         lengths = np.diff(self.boundaries)[chosen]
         return Demonstrations(
@@ -416,8 +429,8 @@ def collect(
         progress: Show a bar.
 
     Raises:
-        ValueError: When a task, a number or the kind of state is not allowed, or the tasks have
-            several simulators.
+        ValueError: When a task, a number, the kind of state or the size of images is not allowed,
+            or the tasks have several simulators.
         RendererError: When images are wanted and there is no OpenGL.
         VideoError: When images are to be stored and there is no encoder.
         DataError: When the folder holds another collection.
@@ -436,6 +449,10 @@ def collect(
         raise ValueError(f"a task is named twice: {names}")
     if state not in (kinds := order.simulator.state_names):
         raise ValueError(unknown("kind of state", state, kinds))
+    if folder is not None and images and images.size % 2:
+        raise ValueError(
+            f"images of {images.size} pixels cannot be stored: video needs an even size"
+        )
     if workers is None:
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     workers = min(workers, len(order.jobs))
@@ -569,10 +586,12 @@ def _collect_into(folder: Path, order: _Order, workers: int, progress: bool) -> 
     folder.parent.mkdir(parents=True, exist_ok=True)
     described = json.loads(json.dumps(asdict(order)))
     with FileLock(folder.with_name(f".{folder.name}.lock")):
+        shelf = _Shelf(folder.with_name(f".{folder.name}.collecting"))
         if folder.exists():
             _require_same(folder / "meta" / "collection.json", described, folder)
+            # of a run that was killed when all was written
+            shutil.rmtree(shelf.folder, ignore_errors=True)
             return load_demonstrations(folder)
-        shelf = _Shelf(folder.with_name(f".{folder.name}.collecting"))
         note = shelf.folder / "collection.json"
         if any(shelf.folder.glob("*.npz")):
             _require_same(note, described, shelf.folder)

@@ -321,9 +321,9 @@ def grid(part: str, profile: str) -> dict[str, RobotConfig]:
 
     ``adamoe-libero`` has ``dense-parent``, ``dense``, ``adamoe`` and ``vanilla-moe`` on
     LIBERO-Object at smoke and cpu, in the sizes of the part and the paper's way to evaluate: five
-    actions carried out, then a new plan. LIBERO's places hardly differ from one start to the next,
-    so that five demonstrations a task, with noise, are enough to learn from; 12 attempts at each
-    task are what keeps a seed at about half an hour on one core, most of it in the simulator.
+    actions carried out, then a new plan. At cpu it learns from 20 demonstrations a task, with
+    noise; 12 attempts at each task are what keeps a seed at about half an hour on one core, most of
+    it in the simulator.
 
     ``adamoe-aloha`` has the same arms at the same profiles on the task of two arms. A plan has 16
     actions there, a third of a second, and half of them are carried out; noise goes to all joints.

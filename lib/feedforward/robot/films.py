@@ -44,12 +44,14 @@ def film(
         attempt: From ``roll_out``.
         size: Height and width in pixels.
         camera: That looks, where something renders; ALOHA's has other names, see ``Images``.
+            LIBERO, which shows no images here, is drawn.
         every: Steps from one frame to the next; the last step is always among them.
 
     Raises:
         ValueError: When `every` is below 1 or there is no such camera.
     """
-    rendered = choose_backend() != "none"
+    shown = find_task(attempt.start.task).simulator.environment.shows_images
+    rendered = shown and choose_backend() != "none"
     return (rendered_frames if rendered else drawn_frames)(
         attempt, size=size, every=every, **({"camera": camera} if rendered else {})
     )

@@ -13,15 +13,20 @@ A data set is a folder::
 What lerobot writes or the hub has in this format is read, too, whatever its keys and sizes.
 """
 
+import hashlib
 import io
 import json
+import math
 import os
 import shutil
 import tempfile
 import warnings
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from contextlib import suppress
+from dataclasses import dataclass, replace
+from fractions import Fraction
 from functools import cached_property, lru_cache
+from numbers import Real
 from pathlib import Path
 from typing import Any
 
@@ -106,16 +111,16 @@ def encode(frames: np.ndarray, fps: float, *, lossless: bool = True) -> Clip:
 
     Args:
         frames: (T, H, W, 3) uint8; height and width must be even.
-        fps: Frames a second.
+        fps: Frames a second, whole or not.
         lossless: Give the same images back, for a policy that will be shown such images: what
             compression changes is as large to an encoder of images as what the robot moves. A
             simulator's take four times the space so. Browsers play the other form alone.
 
     Raises:
         VideoError: When there is no encoder.
-        ValueError: When the frames have another shape or type.
+        ValueError: When the frames have another shape or type, or `fps` is not positive.
     """
-    frames = np.asarray(frames)
+    frames, rate = np.asarray(frames), _rate(fps)
     if frames.ndim != 4 or frames.shape[-1] != 3 or frames.dtype != np.uint8 or not len(frames):
         raise ValueError(f"frames are (T, H, W, 3) uint8, not {frames.shape} {frames.dtype}")
     count, height, width, _ = frames.shape
@@ -133,7 +138,7 @@ def encode(frames: np.ndarray, fps: float, *, lossless: bool = True) -> Clip:
     file = io.BytesIO()
     with av.open(file, "w", format="mp4") as container:
         options = {"crf": quality, "preset": "veryfast", "g": "10", "bf": "0", "threads": "1"}
-        stream = container.add_stream(encoder, rate=round(fps), options=options)
+        stream = container.add_stream(encoder, rate=rate, options=options)
         stream.height, stream.width, stream.pix_fmt = height, width, pixels
         for image in frames:
             container.mux(stream.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
@@ -141,6 +146,36 @@ def encode(frames: np.ndarray, fps: float, *, lossless: bool = True) -> Clip:
     values = frames.reshape(-1, 3)
     histogram = np.stack([np.bincount(values[:, colour], minlength=256) for colour in range(3)])
     return Clip(file.getvalue(), (count, height, width), histogram)
+
+
+def _rate(fps: float) -> Fraction:
+    """Frames a second as a video has them.
+
+    Raises:
+        ValueError: When they are no number from a thousandth on.
+    """
+    number = isinstance(fps, Real) and not isinstance(fps, bool) and math.isfinite(fps)
+    if not number or fps < 1e-3:
+        raise ValueError(f"fps is {fps!r}; give a positive number of frames a second")
+    return Fraction(fps).limit_denominator(1001)  # 30000 / 1001 is that of television
+
+
+def _form(clip: Clip) -> dict[str, Any]:
+    """What a clip holds and how it is encoded: clips of one form are joined."""
+    av = _av()
+    try:
+        with av.open(io.BytesIO(clip.data)) as container:
+            video = container.streams.video[0]
+            return {
+                "frames": video.frames,
+                "video.height": video.height,
+                "video.width": video.width,
+                "video.codec": video.codec_context.name,
+                "video.pix_fmt": video.codec_context.pix_fmt,
+                "frames a second": video.average_rate,
+            }
+    except (OSError, ValueError, IndexError) as error:  # what PyAV raises for damaged files
+        raise DataError(f"a clip cannot be read: {type(error).__name__}: {error}") from error
 
 
 def _join(clips: Sequence[bytes], counts: Sequence[int], fps: float, path: Path) -> None:
@@ -201,11 +236,11 @@ def decode(path: str | os.PathLike, seconds: Sequence[float], fps: float) -> np.
                 if at > wanted + half:
                     raise VideoError(f"{path} has no frame at {wanted:.4f} s")
                 frames[place] = frame.to_ndarray(format="rgb24")
+        return np.stack(frames)
     except StopIteration:
         raise VideoError(f"{path} ends before {wanted:.4f} s") from None
     except (OSError, ValueError, IndexError) as error:  # what PyAV raises for damaged files
         raise VideoError(f"{path} cannot be read: {type(error).__name__}: {error}") from error
-    return np.stack(frames)
 
 
 @dataclass(frozen=True, eq=False)
@@ -220,6 +255,7 @@ class VideoFrames:
         seconds: (N,) its time there.
         fps: Frames a second.
         shape: (N, H, W, 3).
+        episode: (N,) the number of each frame's episode, for messages; None where it is not known.
     """
 
     files: tuple[Path, ...]
@@ -227,6 +263,7 @@ class VideoFrames:
     seconds: np.ndarray
     fps: float
     shape: tuple[int, int, int, int]
+    episode: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.file)
@@ -236,13 +273,36 @@ class VideoFrames:
         images = np.empty((len(places), *self.shape[1:]), dtype=np.uint8)
         for file in np.unique(self.file[places]):
             rows = np.flatnonzero(self.file[places] == file)
-            images[rows] = decode(self.files[file], self.seconds[places[rows]], self.fps)
+            try:
+                images[rows] = self._decoded(file, places[rows])
+            except VideoError as error:
+                raise self._named(file, places[rows], error) from error
         return images
+
+    def _decoded(self, file: int, places: np.ndarray) -> np.ndarray:
+        images = decode(self.files[file], self.seconds[places], self.fps)
+        _require_size(self.files[file], images.shape[1:], self.shape[1:])
+        return images
+
+    def _named(self, file: int, places: np.ndarray, error: VideoError) -> VideoError:
+        """The error with the number of the episode that it comes from."""
+        for episode in [] if self.episode is None else np.unique(self.episode[places]):
+            try:
+                self._decoded(file, places[self.episode[places] == episode])
+            except VideoError as own:
+                return VideoError(f"episode {episode}: {own}")
+        return error
 
     def select(self, places: np.ndarray) -> "VideoFrames":
         """The same for some of the frames."""
-        shape = (len(places), *self.shape[1:])
-        return VideoFrames(self.files, self.file[places], self.seconds[places], self.fps, shape)
+        return VideoFrames(
+            self.files,
+            self.file[places],
+            self.seconds[places],
+            self.fps,
+            (len(places), *self.shape[1:]),
+            None if self.episode is None else self.episode[places],
+        )
 
 
 @dataclass(frozen=True, eq=False)
@@ -258,6 +318,7 @@ class PictureFrames:
         row: (N,) its row there.
         key: The column.
         shape: (N, H, W, 3).
+        episode: As `VideoFrames` has it.
     """
 
     files: tuple[Path, ...]
@@ -265,42 +326,81 @@ class PictureFrames:
     row: np.ndarray
     key: str
     shape: tuple[int, int, int, int]
+    episode: np.ndarray | None = None
 
     def __len__(self) -> int:
         return len(self.file)
 
     def __getitem__(self, places: np.ndarray | slice) -> np.ndarray:
-        from PIL import Image
-
         places = np.arange(len(self))[places]
         images = np.empty((len(places), *self.shape[1:]), dtype=np.uint8)
         for file in np.unique(self.file[places]):
             path = self.files[file]
-            ends = _row_group_ends(path)
+            ends, version = _row_group_ends(path), _version(path)
             mine = np.flatnonzero(self.file[places] == file)
             rows = self.row[places[mine]]
             groups = np.searchsorted(ends, rows, side="right")
             for place, row, group in zip(mine, rows, groups, strict=True):
-                column = _row_group(path, int(group), self.key)
-                picture = column[int(row - ends[group])].as_py()["bytes"]  # counted from the end
-                images[place] = np.asarray(Image.open(io.BytesIO(picture)).convert("RGB"))
+                named = f"row {row} of {self.key!r} in {path}"
+                if self.episode is not None:
+                    named = f"episode {self.episode[places[place]]}: {named}"
+                column = _row_group(path, version, int(group), self.key)
+                stored = column[int(row - ends[group])].as_py()  # counted from the end
+                picture = _picture(named, stored)
+                _require_size(named, picture.shape, self.shape[1:])
+                images[place] = picture
         return images
 
     def select(self, places: np.ndarray) -> "PictureFrames":
         """The same for some of the frames."""
-        shape = (len(places), *self.shape[1:])
-        return PictureFrames(self.files, self.file[places], self.row[places], self.key, shape)
+        return PictureFrames(
+            self.files,
+            self.file[places],
+            self.row[places],
+            self.key,
+            (len(places), *self.shape[1:]),
+            None if self.episode is None else self.episode[places],
+        )
+
+
+def _require_size(name: object, found: tuple[int, ...], described: tuple[int, ...]) -> None:
+    if found != described:
+        sizes = (" x ".join(map(str, shape[:2])) for shape in (found, described))
+        raise VideoError("{} has {} pixels and {} are described".format(name, *sizes))
+
+
+def _picture(name: str, stored: Any) -> np.ndarray:
+    """A picture (H, W, 3) uint8 out of what a table holds of it."""
+    from PIL import Image
+
+    content = stored.get("bytes") if isinstance(stored, dict) else stored
+    if not isinstance(content, bytes):
+        raise VideoError(f"{name} holds no picture; what lies in files of its own is not read")
+    try:
+        return np.asarray(Image.open(io.BytesIO(content)).convert("RGB"))
+    except Exception as error:  # each format has errors of its own
+        raise VideoError(f"{name} is damaged: {type(error).__name__}: {error}") from error
 
 
 def _row_group_ends(path: Path) -> np.ndarray:
+    import pyarrow as pa
     import pyarrow.parquet as pq
 
-    metadata = pq.read_metadata(path)
+    try:
+        metadata = pq.read_metadata(path)
+    except (OSError, pa.ArrowException) as error:
+        raise VideoError(f"{path} cannot be read: {error}") from error
     return np.cumsum([metadata.row_group(it).num_rows for it in range(metadata.num_row_groups)])
 
 
+def _version(path: Path) -> tuple[int, int]:
+    """What tells a file from another one that took its place."""
+    found = path.stat()
+    return found.st_mtime_ns, found.st_size
+
+
 @lru_cache(maxsize=4)
-def _row_group(path: Path, group: int, key: str):
+def _row_group(path: Path, version: tuple[int, int], group: int, key: str):
     import pyarrow as pa
     import pyarrow.parquet as pq
 
@@ -312,6 +412,9 @@ def _row_group(path: Path, group: int, key: str):
 
 
 # --- statistics ---------------------------------------------------------------------------------
+
+STILL = 1e-4
+"""A number whose standard deviation is below this stands still in the data: it is not scaled."""
 
 
 def _statistics(values: np.ndarray) -> dict[str, list]:
@@ -352,7 +455,7 @@ def write_dataset(
     folder: str | os.PathLike,
     episodes: Iterable[Episode],
     *,
-    fps: int,
+    fps: float,
     state_names: Sequence[str],
     action_names: Sequence[str],
     robot: str | None = None,
@@ -363,7 +466,7 @@ def write_dataset(
     Args:
         folder: Of the data set; it must not exist.
         episodes: In order, of like sizes and cameras; images become video.
-        fps: Frames a second.
+        fps: Frames a second; lerobot itself expects a whole number.
         state_names: Of the numbers of a state.
         action_names: Of the numbers of an action.
         robot: What did it, in a word.
@@ -374,10 +477,12 @@ def write_dataset(
 
     Raises:
         DataError: When the folder exists, there is no episode, or one differs from the first in
-            sizes or cameras.
+            sizes, cameras, or how its clips are encoded.
         VideoError: When there are images and no encoder.
+        ValueError: When `fps` is not positive.
     """
     folder = Path(folder)
+    _rate(fps)
     if folder.exists():
         raise DataError(f"{folder} exists: give another folder, or delete it")
     folder.parent.mkdir(parents=True, exist_ok=True)
@@ -385,14 +490,21 @@ def write_dataset(
     try:
         _Writer(temporary, fps, state_names, action_names, robot).write(episodes, notes or {})
         temporary.chmod(0o755)  # mkdtemp makes private folders
-        temporary.rename(folder)
+        try:
+            temporary.rename(folder)
+        except OSError as error:
+            if not folder.exists():
+                raise
+            raise DataError(
+                f"another process wrote {folder} meanwhile: give another folder, or delete it"
+            ) from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
     return folder
 
 
 class _Writer:
-    def __init__(self, root: Path, fps: int, state_names, action_names, robot):
+    def __init__(self, root: Path, fps: float, state_names, action_names, robot):
         self.root, self.fps, self.robot = root, fps, robot
         self.names = {"observation.state": list(state_names), "action": list(action_names)}
 
@@ -438,6 +550,7 @@ class _Writer:
     def _check(self, episodes: Sequence[Episode]) -> None:
         sizes = tuple(map(len, self.names.values()))
         cameras = {camera: clip.shape[1:] for camera, clip in episodes[0].images.items()}
+        self.forms: dict[str, dict[str, Any]] = {}
         for place, episode in enumerate(episodes):
             found = tuple(values.shape[1:] for values in (episode.state, episode.actions))
             if found != tuple((size,) for size in sizes):
@@ -452,6 +565,24 @@ class _Writer:
                 raise DataError(f"episode {place} holds numbers that are not finite")
             if {camera: clip.shape[1:] for camera, clip in episode.images.items()} != cameras:
                 raise DataError(f"episode {place} has other cameras or sizes than the first")
+            for camera, clip in episode.images.items():
+                self._check_clip(f"episode {place} has a clip of {camera}", camera, clip)
+
+    def _check_clip(self, named: str, camera: str, clip: Clip) -> None:
+        form = _form(clip)
+        described = (form.pop("frames"), form["video.height"], form["video.width"])
+        if described != tuple(clip.shape):
+            raise DataError(f"{named} of {described} frames, height and width, not {clip.shape}")
+        if (rate := form.pop("frames a second")) != _rate(self.fps):
+            raise DataError(
+                f"{named} at {float(rate):g} frames a second, and fps is {self.fps:g}: encode both "
+                "alike"
+            )
+        if self.forms.setdefault(camera, form) != form:
+            raise DataError(
+                f"{named} in another form than the first's, which cannot be joined: {form}, not "
+                f"{self.forms[camera]}"
+            )
 
     def _columns(self, episodes, instructions) -> dict[str, list[np.ndarray]]:
         """The table of frames: by column one array an episode."""
@@ -509,8 +640,11 @@ class _Writer:
         import pyarrow.parquet as pq
 
         types = {
-            "observation.state": pa.list_(pa.float32(), len(self.names["observation.state"])),
-            "action": pa.list_(pa.float32(), len(self.names["action"])),
+            # lerobot has single numbers in a plain column
+            **{
+                key: pa.float32() if len(names) == 1 else pa.list_(pa.float32(), len(names))
+                for key, names in self.names.items()
+            },
             "timestamp": pa.float32(),
             **dict.fromkeys(_COUNTERS, pa.int64()),
         }
@@ -575,10 +709,7 @@ class _Writer:
                 "shape": [height, width, 3],
                 "names": ["height", "width", "channels"],
                 "info": {
-                    "video.height": height,
-                    "video.width": width,
-                    "video.codec": "h264",
-                    "video.pix_fmt": "gbrp",
+                    **self.forms[camera],
                     "video.is_depth_map": False,
                     "video.fps": self.fps,
                     "video.channels": 3,
@@ -639,8 +770,8 @@ def _by_file(rows, prefix: str, pattern: str) -> Iterator[tuple[str, list[int]]]
 def _arrow(values: np.ndarray, kind):
     import pyarrow as pa
 
-    if values.ndim == 1:
-        return pa.array(values, type=kind)
+    if not pa.types.is_fixed_size_list(kind):
+        return pa.array(values.ravel(), type=kind)
     return pa.FixedSizeListArray.from_arrays(pa.array(values.ravel()), values.shape[1])
 
 
@@ -652,13 +783,13 @@ class Stored:
     """What a data set holds, its damaged episodes left out.
 
     Attributes:
-        state: (N, S) float32.
-        actions: (N, A) float32.
+        state: (N, S) float32; S is how many numbers there are in the shape of the feature.
+        actions: (N, A) float32, likewise.
         lengths: (E,) frames of each episode.
         episodes: (E,) their numbers in the data set.
         task: (E,) the place of each one's instruction.
         instructions: Of all tasks.
-        statistics: As in ``meta/stats.json``, by feature.
+        statistics: As in ``meta/stats.json``, by feature; empty where there is no such file.
         images: By camera, N frames that are decoded when asked for.
         info: ``meta/info.json``.
     """
@@ -682,6 +813,10 @@ def read_dataset(
 ) -> Stored:
     """Read a data set; episodes that are damaged are left out with a warning that names them.
 
+    Where there are checksums, a description that was changed since it was written is refused, and
+    frames that were are read with a warning. Where there are none, of videos the last frame of each
+    episode is looked at; other damage is an error when the images are asked for.
+
     Args:
         folder: Of the data set.
         state_key: The feature that holds the states.
@@ -694,31 +829,79 @@ def read_dataset(
     return _Reader(Path(folder), state_key, action_key).read()
 
 
+def dataset_key(folder: str | os.PathLike) -> str:
+    """What tells a data set from others: 16 hexadecimal digits.
+
+    Of all files that describe it, and of the names and sizes of those that hold its frames, which
+    may be too many to be read for it.
+
+    Args:
+        folder: Of the data set.
+
+    Raises:
+        DataError: When it is no data set.
+    """
+    root = Path(folder)
+    if not (root / "meta/info.json").is_file():
+        raise DataError(f"{root} is no data set in the LeRobot format {VERSION}: no meta/info.json")
+    files = {
+        path.relative_to(root).as_posix(): path
+        for part in ("meta", "data", "videos")
+        for path in (root / part).rglob("*")
+        if path.is_file()
+    }
+    told = [
+        (name, sha256(path) if name.startswith("meta/") else path.stat().st_size)
+        for name, path in sorted(files.items())
+    ]
+    return hashlib.sha256(json.dumps(told).encode()).hexdigest()[:16]
+
+
 class _Reader:
     def __init__(self, root: Path, state_key: str, action_key: str):
         self.root = root
-        self.info = self._json("meta/info.json")
+        path = root / _CHECKSUMS
+        self.checksums = self._json(_CHECKSUMS) if path.is_file() else {}
+        self.info = self._described("meta/info.json", self._json)
         version = self.info.get("codebase_version")
         if version != VERSION:
             raise DataError(
                 f"{root} has the LeRobot format {version!r} and {VERSION!r} is read here. "
                 "lerobot converts: python -m lerobot.scripts.convert_dataset_v21_to_v30"
             )
-        self.features = self.info.get("features", {})
+        self.features = self._features()
         for key in (state_key, action_key):
             if key not in self.features:
                 raise DataError(f"{root} has no feature {key!r}; it has {sorted(self.features)}")
         self.keys = {"state": state_key, "actions": action_key}
-        path = root / _CHECKSUMS
-        self.checksums = self._json(_CHECKSUMS) if path.is_file() else {}
+        self.fps = self.info.get("fps")
+        try:
+            _rate(self.fps)
+        except ValueError as error:
+            raise DataError(f"{root}/meta/info.json gives no rate of frames: {error}") from None
+
+    def _features(self) -> dict[str, dict[str, Any]]:
+        features = self.info.get("features")
+        if not isinstance(features, dict):
+            raise DataError(f"{self.root}/meta/info.json describes no features")
+        for key, it in features.items():
+            shape = it.get("shape") if isinstance(it, dict) else None
+            whole = isinstance(shape, list) and all(isinstance(size, int) for size in shape)
+            if not whole or (it.get("dtype") in ("image", "video") and len(shape) != 3):
+                raise DataError(f"{self.root}/meta/info.json describes {key!r} by {it}: no shape")
+        return features
+
+    def _size(self, key: str) -> int:
+        """Numbers of a feature in a frame."""
+        return math.prod(self.features[key]["shape"])
 
     def read(self) -> Stored:
-        statistics = self._described("meta/stats.json", self._json)
-        instructions = self._described("meta/tasks.parquet", self._instructions)
+        statistics = self._statistics("meta/stats.json")
+        tasks = self._described("meta/tasks.parquet", self._tasks)
         rows = self._episodes()
         kept: list[tuple[dict[str, Any], dict[str, Any]]] = []
-        for path, places in _by_file(rows, "data", self.info["data_path"]):
-            kept += self._frames(path, [rows[place] for place in places], len(instructions))
+        for path, places in self._files(rows, "data", "data_path", _DATA):
+            kept += self._frames(path, [rows[place] for place in places], list(tasks))
         kept.sort(key=lambda pair: pair[0]["episode_index"])
         kept = self._with_sound_videos(kept)
         if not kept:
@@ -731,12 +914,12 @@ class _Reader:
             lengths=lengths,
             episodes=np.array([row["episode_index"] for row in rows]),
             task=np.array([part["task"] for part in parts]),
-            instructions=instructions,
-            statistics={
-                key: {name: np.asarray(numbers) for name, numbers in found.items()}
-                for key, found in statistics.items()
+            instructions=tuple(tasks.values()),
+            statistics=statistics,
+            images={
+                **{_camera(key): self._video_frames(key, rows) for key in self._video_keys},
+                **{_camera(it): self._picture_frames(it, rows, parts) for it in self._picture_keys},
             },
-            images=self._images(rows, parts, lengths),
             info=self.info,
         )
 
@@ -762,16 +945,55 @@ class _Reader:
     def _described(self, name: str, read: Callable[[str], Any]) -> Any:
         """A file without which the others say nothing."""
         if (self.root / name).is_file() and not self._is_whole(name):
-            raise DataError(f"{self.root / name} was changed since it was written")
+            raise DataError(
+                f"{self.root / name} is damaged or was changed since it was written: restore it, "
+                f"or, if the change was meant, delete {_CHECKSUMS}"
+            )
         return read(name)
 
-    def _instructions(self, name: str) -> tuple[str, ...]:
+    def _statistics(self, name: str) -> dict[str, dict[str, np.ndarray]]:
+        """Those that are there; of states and actions they must fit."""
+        if not (self.root / name).is_file() and name not in self.checksums:
+            return {}
+        found: dict[str, dict[str, np.ndarray]] = {}
+        for key, own in self._described(name, self._json).items():
+            if own is None:
+                continue
+            try:
+                found[key] = {it: np.asarray(numbers, dtype=float) for it, numbers in own.items()}
+            except (AttributeError, TypeError, ValueError) as error:
+                if key in self.keys.values():
+                    raise DataError(f"{self.root / name} is damaged at {key!r}: {error}") from error
+        for key in set(self.keys.values()) & found.keys():
+            for it in ("mean", "std", "min", "max"):
+                numbers = found[key].get(it, np.zeros(self._size(key)))
+                sound = np.isfinite(numbers).all() and not (it == "std" and (numbers < 0).any())
+                if numbers.size != self._size(key) or not sound:
+                    raise DataError(
+                        f"{self.root / name} gives {key!r}, which has {self._size(key)} numbers, "
+                        f"the {it} {numbers.tolist()}: mend the file, or delete it to have the "
+                        "statistics computed"
+                    )
+        return found
+
+    def _tasks(self, name: str) -> dict[int, str]:
+        """The instructions by their numbers, which need not go from 0 without gaps."""
         table = self._table(name)
         text = next((key for key in table.column_names if key != "task_index"), None)
         if text is None or "task_index" not in table.column_names:
             raise DataError(f"{self.root / name} has the columns {table.column_names}")
-        found = dict(zip(table["task_index"].to_pylist(), table[text].to_pylist(), strict=True))
-        return tuple(found[place] for place in sorted(found))
+        numbers, words = table["task_index"].to_pylist(), table[text].to_pylist()
+        wrong = [
+            pair
+            for pair in zip(numbers, words, strict=True)
+            if not (isinstance(pair[0], int) and isinstance(pair[1], str))
+        ]
+        if wrong or len(set(numbers)) < len(numbers):
+            raise DataError(
+                f"{self.root / name} names {words} by {numbers}; each task needs an instruction "
+                "and a number of its own"
+            )
+        return dict(sorted(zip(numbers, words, strict=True)))
 
     def _table(self, name: str):
         import pyarrow as pa
@@ -788,19 +1010,63 @@ class _Reader:
         for path in files:
             name = path.relative_to(self.root).as_posix()
             table = self._described(name, self._table)
+            self._require_columns(name, table.column_names, ["episode_index", *self._needed])
             wanted = [key for key in table.column_names if not key.startswith("stats/")]
             rows += table.select(wanted).to_pylist()
         if not rows:
             raise DataError(f"{self.root} describes no episode in meta/episodes")
-        return sorted(rows, key=lambda row: row["episode_index"])
+        if None in (numbers := [row["episode_index"] for row in rows]):
+            raise DataError(f"{self.root} describes an episode without number in meta/episodes")
+        if len(set(numbers)) < len(numbers):
+            raise DataError(f"{self.root} describes an episode twice in meta/episodes")
+        described = []
+        for row in sorted(rows, key=lambda row: row["episode_index"]):
+            missing = [
+                key
+                for key in self._needed
+                if not isinstance(row[key], Real if key.endswith("timestamp") else int)
+            ]
+            if missing:
+                self._skip(row, f"meta/episodes gives it no {', '.join(missing)}")
+            else:
+                described.append(row)
+        return described
 
-    def _frames(self, name: str, rows, tasks: int) -> list[tuple[dict, dict]]:
+    @cached_property
+    def _needed(self) -> list[str]:
+        """What the table of episodes says of each, beside its number."""
+        of_video = ("chunk_index", "file_index", "from_timestamp")
+        videos = [f"videos/{key}/{it}" for key in self._video_keys for it in of_video]
+        return ["length", "data/chunk_index", "data/file_index", *videos]
+
+    def _require_columns(self, name: str, there: Sequence[str], needed: Sequence[str]) -> None:
+        if missing := [key for key in needed if key not in there]:
+            raise DataError(
+                f"{self.root / name} has no column {', '.join(map(repr, missing))}; it has "
+                f"{sorted(key for key in there if not key.startswith('stats/'))}"
+            )
+
+    def _files(self, rows, prefix: str, named: str, default: str) -> list[tuple[str, list[int]]]:
+        """The files that hold some episodes, by the pattern that info.json has or lerobot's."""
+        pattern = self.info.get(named) or default
+        key = prefix.removeprefix("videos/")
+        try:
+            return list(_by_file(rows, prefix, pattern.replace("{video_key}", key)))
+        except (AttributeError, LookupError, TypeError, ValueError) as error:
+            raise DataError(
+                f"{self.root}/meta/info.json has the {named} {pattern!r}, which does not name the "
+                f"files by chunk_index and file_index as {default!r} does"
+            ) from error
+
+    def _frames(self, name: str, rows, tasks: Sequence[int]) -> list[tuple[dict, dict]]:
         """The episodes of one file with their frames, without the damaged ones."""
         import pyarrow as pa
 
         tables, places, damage = self._row_groups(name)
+        if damage is None and not self._is_whole(name):
+            self._warn_of_change(name)
         table = pa.concat_tables(tables) if tables else None
-        numbers = table["episode_index"].to_numpy() if table else np.array([], dtype=np.int64)
+        numbers = self._numbers(name, table, "episode_index")[:, 0] if table else np.empty(0)
         found = []
         for row in rows:
             mine = np.flatnonzero(numbers == row["episode_index"])
@@ -809,8 +1075,13 @@ class _Reader:
                 continue
             here = slice(mine[0], mine[-1] + 1)
             part = table.slice(mine[0], mine[-1] - mine[0] + 1)
-            episode = {kind: _array(part[key]) for kind, key in self.keys.items()}
-            episode |= {"task": part["task_index"][0].as_py(), "rows": places[here], "file": name}
+            episode = {
+                kind: self._numbers(name, part, key).astype(np.float32)
+                for kind, key in self.keys.items()
+            }
+            task = self._numbers(name, part, "task_index")[0, 0]
+            episode |= {"rows": places[here], "file": name}
+            episode["task"] = tasks.index(task) if task in tasks else None
             if wrong := self._wrong(row, part, episode, tasks):
                 self._skip(row, wrong)
             else:
@@ -823,9 +1094,11 @@ class _Reader:
         import pyarrow.parquet as pq
 
         columns = [*self.keys.values(), "frame_index", "episode_index", "task_index"]
+        needed = [*columns, *self._picture_keys]
         tables, places, damage = [], [np.array([], dtype=np.int64)], None
         try:
             with pq.ParquetFile(self.root / name, page_checksum_verification=True) as file:
+                self._require_columns(name, file.schema_arrow.names, needed)
                 begin = 0
                 for group in range(file.num_row_groups):
                     end = begin + file.metadata.row_group(group).num_rows
@@ -839,19 +1112,35 @@ class _Reader:
             damage = f"{name} cannot be read: {error}"
         return tables, np.concatenate(places), damage
 
-    def _wrong(self, row, part, episode, tasks: int) -> str | None:
-        frames = part["frame_index"].to_numpy()
+    def _numbers(self, name: str, table, key: str) -> np.ndarray:
+        try:
+            return _array(table[key])
+        except (TypeError, ValueError) as error:
+            kind = table[key].type
+            raise DataError(f"{self.root / name} has no numbers in {key!r} but {kind}") from error
+
+    def _wrong(self, row, part, episode, tasks: Sequence[int]) -> str | None:
+        frames = self._numbers(episode["file"], part, "frame_index")[:, 0]
         if len(frames) != row["length"] or (frames != np.arange(len(frames))).any():
             return f"it has {len(frames)} frames in order or not, and {row['length']} are described"
         for kind, key in self.keys.items():
-            shape = (row["length"], *self.features[key]["shape"])
+            shape = (row["length"], self._size(key))
             if episode[kind].shape != shape:
                 return f"its {key} has shape {episode[kind].shape}, and {shape} is described"
             if not np.isfinite(episode[kind]).all():
                 return f"its {key} holds numbers that are not finite"
-        if not 0 <= episode["task"] < tasks:
-            return f"its task {episode['task']} is not among the {tasks} of meta/tasks.parquet"
+        if episode["task"] is None:
+            found = part["task_index"][0].as_py()
+            return f"its task {found} is not among the {len(tasks)} of meta/tasks.parquet"
         return None
+
+    def _warn_of_change(self, name: str) -> None:
+        warnings.warn(
+            f"{self.root / name} was changed since it was written, and what it holds now is read, "
+            f"with the statistics of before: restore it, or, if the change was meant, delete "
+            f"{_CHECKSUMS}",
+            stacklevel=2,
+        )
 
     def _skip(self, row: Mapping[str, Any], why: str) -> None:
         name = f"episode {row['episode_index']} ({', '.join(map(repr, row.get('tasks') or []))})"
@@ -859,71 +1148,98 @@ class _Reader:
 
     @cached_property
     def _picture_keys(self) -> list[str]:
-        return [key for key, it in self.features.items() if it["dtype"] == "image"]
+        return [key for key, it in self.features.items() if it.get("dtype") == "image"]
 
     @cached_property
     def _video_keys(self) -> list[str]:
-        return [key for key, it in self.features.items() if it["dtype"] == "video"]
-
-    def _video(self, row: Mapping[str, Any], key: str) -> str:
-        return self.info["video_path"].format(
-            video_key=key,
-            chunk_index=row[f"videos/{key}/chunk_index"],
-            file_index=row[f"videos/{key}/file_index"],
-        )
+        return [key for key, it in self.features.items() if it.get("dtype") == "video"]
 
     def _with_sound_videos(self, kept):
         """Leave out what lies in the damaged part of a video, or in one that is missing."""
-        names = {self._video(row, key) for row, _ in kept for key in self._video_keys}
-        suspect = {name for name in names if not self._is_whole(name)}
-        sound = []
-        for row, part in kept:
-            problem = None
-            for key in self._video_keys:
-                if self._video(row, key) in suspect:
-                    try:
-                        frames = self._images([row], [part], np.array([row["length"]]))
-                        frames[_camera(key)][:]
-                    except VideoError as error:
-                        problem = str(error)
-            if problem:
-                self._skip(row, problem)
-            else:
-                sound.append((row, part))
-        return sound
-
-    def _images(self, rows, parts, lengths) -> dict[str, VideoFrames | PictureFrames]:
-        images: dict[str, VideoFrames | PictureFrames] = {}
-        total = int(lengths.sum())
+        try:
+            _av()
+        except VideoError:  # states are read without it
+            return kept
+        wrong: dict[int, str] = {}
         for key in self._video_keys:
-            paths = [self.root / self._video(row, key) for row in rows]
-            files = tuple(dict.fromkeys(paths))
-            begins = [row[f"videos/{key}/from_timestamp"] for row in rows]
-            within = [np.arange(length) / self.info["fps"] for length in lengths]
-            images[_camera(key)] = VideoFrames(
-                files=files,
-                file=np.repeat([files.index(path) for path in paths], lengths),
-                seconds=np.concatenate([b + w for b, w in zip(begins, within, strict=True)]),
-                fps=self.info["fps"],
-                shape=(total, *self._image_shape(key)),
-            )
-        for key in self._picture_keys:
-            names = [self.root / part["file"] for part in parts]
-            files = tuple(dict.fromkeys(names))
-            images[_camera(key)] = PictureFrames(
-                files=files,
-                file=np.repeat([files.index(name) for name in names], lengths),
-                row=np.concatenate([part["rows"] for part in parts]),
-                key=key,
-                shape=(total, *self._image_shape(key)),
-            )
-        return images
+            rows = [row for row, _ in kept]
+            for name, places in self._videos(key, rows):
+                if name in self.checksums and self._is_whole(name):
+                    continue
+                # known to be changed: all is looked at; else the last frame says that it is whole
+                changed = name in self.checksums
+                found = self._undecodable(key, {place: rows[place] for place in places}, changed)
+                if changed and not found:
+                    self._warn_of_change(name)
+                wrong = found | wrong
+        for place, problem in sorted(wrong.items()):
+            self._skip(kept[place][0], problem)
+        return [pair for place, pair in enumerate(kept) if place not in wrong]
+
+    def _undecodable(self, key: str, rows: Mapping[int, Mapping], every: bool) -> dict[int, str]:
+        """Which episodes of a video cannot be shown, and why."""
+
+        def look(some: Sequence[Mapping]) -> None:
+            frames = replace(self._video_frames(key, some), episode=None)  # which the skip names
+            ends = np.cumsum([row["length"] for row in some]) - 1
+            frames[:] if every else frames[ends]
+
+        if not every:
+            with suppress(VideoError):  # in one go, which is fast
+                look(list(rows.values()))
+                return {}
+        found = {}
+        for place, row in rows.items():
+            try:
+                look([row])
+            except VideoError as error:
+                found[place] = str(error)
+        return found
+
+    def _videos(self, key: str, rows) -> list[tuple[str, list[int]]]:
+        return self._files(rows, f"videos/{key}", "video_path", _VIDEO)
+
+    def _video_frames(self, key: str, rows: Sequence[Mapping[str, Any]]) -> VideoFrames:
+        lengths = [row["length"] for row in rows]
+        named, file = self._videos(key, rows), np.empty(len(rows), dtype=np.int64)
+        for number, (_, places) in enumerate(named):
+            file[places] = number
+        seconds = [
+            row[f"videos/{key}/from_timestamp"] + np.arange(row["length"]) / self.fps
+            for row in rows
+        ]
+        return VideoFrames(
+            files=tuple(self.root / name for name, _ in named),
+            file=np.repeat(file, lengths),
+            seconds=np.concatenate(seconds),
+            fps=self.fps,
+            shape=(sum(lengths), *self._image_shape(key)),
+            episode=np.repeat([row["episode_index"] for row in rows], lengths),
+        )
+
+    def _picture_frames(self, key: str, rows, parts) -> PictureFrames:
+        lengths = [row["length"] for row in rows]
+        names = [self.root / part["file"] for part in parts]
+        files = tuple(dict.fromkeys(names))
+        return PictureFrames(
+            files=files,
+            file=np.repeat([files.index(name) for name in names], lengths),
+            row=np.concatenate([part["rows"] for part in parts]),
+            key=key,
+            shape=(sum(lengths), *self._image_shape(key)),
+            episode=np.repeat([row["episode_index"] for row in rows], lengths),
+        )
 
     def _image_shape(self, key: str) -> tuple[int, int, int]:
-        """Height, width, colours: some data sets name the colours first."""
+        """Height, width, and the three colours that any image is shown in.
+
+        Some data sets name the colours first, and some have them there without saying so.
+        """
         shape, names = self.features[key]["shape"], self.features[key].get("names") or []
-        first = names and names[0] in ("channel", "channels", "c")
-        return (shape[1], shape[2], shape[0]) if first else tuple(shape)
+        colours = ("channel", "channels", "c")
+        named = [place for place, name in enumerate(names) if name in colours]
+        first = named == [0] if named else shape[0] in (1, 3, 4) and shape[2] not in (1, 3, 4)
+        return (*(shape[1:] if first else shape[:2]), 3)
 
 
 def _camera(key: str) -> str:
@@ -931,13 +1247,23 @@ def _camera(key: str) -> str:
 
 
 def _array(column) -> np.ndarray:
-    """A column of lists as (T, D) float32, one of numbers as (T, 1)."""
+    """A column of lists, or of lists in them, as (T, D) float64, one of numbers as (T, 1).
+
+    Lists of several lengths, and none in the place of one, give (T, 0).
+    """
     import pyarrow as pa
+    import pyarrow.compute as pc
 
     values = column.combine_chunks()
-    if pa.types.is_fixed_size_list(values.type) or pa.types.is_list(values.type):
-        flat = values.flatten().to_numpy(zero_copy_only=False)
-        if len(values) == 0 or len(flat) % len(values):
-            return np.full((len(values), 0), np.nan, dtype=np.float32)
-        return flat.reshape(len(values), -1).astype(np.float32)
-    return values.to_numpy(zero_copy_only=False).reshape(-1, 1).astype(np.float32)
+    rows = len(values)
+    while True:
+        if isinstance(values, pa.ExtensionArray):
+            values = values.storage
+        lists = (pa.types.is_list, pa.types.is_large_list, pa.types.is_fixed_size_list)
+        if not any(is_one(values.type) for is_one in lists):
+            break
+        if values.null_count or pc.count_distinct(pc.list_value_length(values)).as_py() > 1:
+            return np.empty((rows, 0))
+        values = values.flatten()
+    numbers = values.to_numpy(zero_copy_only=False).astype(np.float64)
+    return numbers.reshape(rows, -1) if rows else np.empty((0, 1))

@@ -213,6 +213,7 @@ class _Libero(Environment):
         *(f"robot0_link{number}" for number in range(8)),
         *("robot0_right_hand", "gripper0_leftfinger", "gripper0_rightfinger"),
     )
+    shows_images = False
 
     def __init__(self, task: Task, seed: int, images: Images | None, state: str):
         super().__init__(task, seed, images, state)

@@ -30,6 +30,7 @@ from feedforward.layers.routing import (
     load_balancing_loss,
 )
 from feedforward.profiles import unknown
+from feedforward.robot.lerobot import STILL
 from feedforward.surgery import DenseFFN, upcycle
 
 #: Kinds of feed-forward layers of the action expert.
@@ -188,6 +189,20 @@ class PolicyConfig:
         if self.ffn == "dense":
             return self.hidden
         return self.hidden * ((self.k if match == "active" else self.experts) + self.shared)
+
+    def widened(self, hidden: int) -> "PolicyConfig":
+        """The same with wider FFNs in the action expert, for `widened`; the prefix stays.
+
+        Raises:
+            ValueError: a policy that is not dense, or a smaller width.
+        """
+        config = replace(self, hidden=hidden, prefix_hidden=self.prefix_sizes[1])
+        if self.ffn != "dense" or hidden < self.hidden:
+            raise ValueError(
+                f"widening takes a dense policy to at least its hidden width {self.hidden}; given "
+                f"ffn={self.ffn!r} and hidden={hidden}"
+            )
+        return config
 
 
 _OF_EXPERTS = ("experts", "k", "shared", "shared_weight", "router_std")
@@ -470,7 +485,8 @@ class FlowPolicy(nn.Module):
     def set_statistics(self, statistics: Mapping[str, Mapping[str, Sequence[float]]]) -> None:
         """Normalise by the statistics of a data set; they are saved with the weights.
 
-        A number that hardly changes in the data (standard deviation below 1e-6) is not scaled.
+        A number that stands still in the data (standard deviation below 1e-4) is not scaled. What
+        cannot be used leaves everything as it was.
 
         Args:
             statistics: ``"mean"`` and ``"std"`` of ``"observation.state"`` and ``"action"``, as
@@ -479,6 +495,7 @@ class FlowPolicy(nn.Module):
         Raises:
             ValueError: one is missing, of another size, not finite, or a negative deviation.
         """
+        usable = []
         for name, key in (("state", "observation.state"), ("action", "action")):
             for what in ("mean", "std"):
                 buffer = getattr(self, f"{name}_{what}")
@@ -489,6 +506,8 @@ class FlowPolicy(nn.Module):
                         f"the statistics have no {error}; they need mean and std of "
                         "observation.state and action"
                     ) from None
+                except (TypeError, ValueError, RuntimeError) as error:
+                    raise ValueError(f"the {what} of {key} holds no numbers: {error}") from error
                 if given.shape != buffer.shape:
                     raise ValueError(
                         f"the {what} of {key} has shape {tuple(given.shape)}; the policy was made "
@@ -496,7 +515,11 @@ class FlowPolicy(nn.Module):
                     )
                 if not given.isfinite().all() or (what == "std" and (given < 0).any()):
                     raise ValueError(f"the {what} of {key} is {given.tolist()}; not usable")
-                buffer.copy_(given.where(given >= 1e-6, 1.0) if what == "std" else given)
+                if what == "std":
+                    given = given.where(given >= STILL, 1.0)
+                usable.append((buffer, given))
+        for buffer, given in usable:
+            buffer.copy_(given)
 
     def forward(
         self, batch: Mapping[str, Tensor], generator: torch.Generator | None = None
@@ -562,7 +585,16 @@ class FlowPolicy(nn.Module):
 
         Returns:
             (B, H, A).
+
+        Raises:
+            ValueError: something of another shape.
         """
+        self._check(state, text, text_mask, images)
+        shape = (len(state), self.config.horizon, self.config.action)
+        _require_shape("actions", actions, shape)
+        _require_shape("times", times, shape[:1])
+        if mask is not None:
+            _require_shape("mask", mask, shape[:2], torch.bool)
         memory, prefix = self._remember(text, text_mask, images)
         (rows, horizon), device = actions.shape[:2], actions.device
         real = torch.ones(rows, 1 + horizon, dtype=torch.bool, device=device)
@@ -796,12 +828,7 @@ def widened(policy: FlowPolicy, hidden: int, *, seed: int = 0) -> FlowPolicy:
         ValueError: a parent that is not dense, or a smaller width.
     """
     old = policy.config
-    if old.ffn != "dense" or hidden < old.hidden:
-        raise ValueError(
-            f"widening takes a dense policy to at least its hidden width {old.hidden}; given "
-            f"ffn={old.ffn!r} and hidden={hidden}"
-        )
-    config = replace(old, hidden=hidden, prefix_hidden=old.prefix_sizes[1])
+    config = old.widened(hidden)
     new = copy.deepcopy(policy)
     new.config = config
     with _seeded(seed, policy), torch.no_grad():

@@ -10,6 +10,7 @@ Explained in ``book/adamoe/01-a-policy-that-flows``.
 import contextlib
 import time
 import zlib
+from collections import Counter
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cached_property
@@ -24,7 +25,7 @@ from tqdm import tqdm
 from feedforward.encoders import token_states
 from feedforward.layers.experts import collect_routing
 from feedforward.records import Record
-from feedforward.robot.policy import FlowPolicy
+from feedforward.robot.policy import FlowPolicy, routes
 from feedforward.robot.scores import wilson
 from feedforward.robot.tasks import Images, Observation, Task, find_task, make_environment
 from feedforward.timing import interleaved, threads
@@ -103,8 +104,8 @@ class Attempt:
         success: Whether the task was solved.
         states: (T + 1, S) float32, the full states, before each step and at the end.
         actions: (T, A) float32, what was carried out.
-        experts: (T, Euler steps, layers, k) uint8, the experts that each carried out action was
-            given in each step of its plan; None for a policy without experts.
+        experts: (T, Euler steps, layers, k) the experts that each carried out action was given in
+            each step of its plan, uint8 for up to 256; None for a policy without experts.
         weights: Likewise the weights of their outputs, float32.
     """
 
@@ -196,7 +197,18 @@ class Rollouts:
 
     @cached_property
     def items(self) -> dict[str, float]:
-        """Success of each attempt in percent, 0 or 100, by the id of its start."""
+        """Success of each attempt in percent, 0 or 100, by the id of its start.
+
+        Raises:
+            ValueError: When starts of one id, as of other seeds or wordings, were rolled out
+                together: then `attempts` tells them apart by their places.
+        """
+        names = Counter(one.start.id for one in self.attempts)
+        if twice := [name for name, times in names.items() if times > 1]:
+            raise ValueError(
+                f"several starts are called {', '.join(map(repr, twice[:3]))}: look at attempts, "
+                "or roll them out one after the other"
+            )
         return {one.start.id: 100.0 * one.success for one in self.attempts}
 
     def by_task(self) -> dict[str, Rate]:
@@ -513,19 +525,17 @@ class _Planner:
         actions = actions.float().cpu().numpy()[:, : self.execute]
         self.seconds.append(time.perf_counter() - started)
         self.rows.append(len(seen))
-        return _Planned(actions, *self._routed(routings, len(seen)))
+        return _Planned(actions, *self._routed(routings))
 
-    def _routed(self, routings, rows: int) -> tuple[np.ndarray | None, np.ndarray | None]:
+    def _routed(self, routings) -> tuple[np.ndarray | None, np.ndarray | None]:
         if not routings:
             return None, None
-        layers = len(routings) // (1 + self.steps)  # the state comes first, once
-
-        def arranged(name: str) -> np.ndarray:
-            flat = torch.stack([getattr(r, name) for r in routings[layers:]]).cpu()
-            each = flat.unflatten(0, (self.steps, layers)).unflatten(2, (rows, -1))
-            return each.permute(2, 3, 0, 1, 4)[:, : self.execute].numpy()
-
-        return arranged("indices").astype(np.uint8), arranged("weights").astype(np.float32)
+        experts, weights = (
+            part.permute(2, 3, 0, 1, 4)[:, : self.execute].cpu().numpy()
+            for part in routes(routings, self.policy.config)
+        )
+        holding = np.min_scalar_type(self.policy.config.experts - 1)
+        return experts.astype(holding), weights.astype(np.float32)
 
 
 # --- how long a plan takes ----------------------------------------------------------------------

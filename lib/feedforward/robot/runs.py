@@ -6,11 +6,13 @@ seed start from one parent, trained once. Explained in ``book/adamoe/02-upcyclin
 """
 
 import json
+import math
 import os
 import shutil
 import time
+import warnings
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 from typing import Any
@@ -20,7 +22,7 @@ import torch
 from torch import Tensor
 
 from feedforward.encoders import token_states
-from feedforward.files import DataError, atomic_write, cache_directory, sha256
+from feedforward.files import DataError, atomic_write, cache_directory
 from feedforward.layers.cost import count
 from feedforward.layers.routing import Routing
 from feedforward.profiles import resolve_device, unknown
@@ -34,6 +36,7 @@ from feedforward.records import (
     run_lock,
 )
 from feedforward.robot.demos import Chunks, Demonstrations, Statistics, collect, load_demonstrations
+from feedforward.robot.lerobot import dataset_key
 from feedforward.robot.policy import (
     FlowPolicy,
     Objective,
@@ -83,7 +86,8 @@ class Tuning:
         router_warmup: Steps of their warm-up.
 
     Raises:
-        ValueError: When a dense FFN is given experts, or experts a width.
+        ValueError: When a dense FFN is given experts, or experts a width; when the kind of FFN is
+            unknown, or a number is not allowed.
     """
 
     training: TrainingConfig
@@ -102,13 +106,20 @@ class Tuning:
         object.__setattr__(self, "balance", tuple(self.balance))
         if self.ffn != "dense" and self.hidden is not None:
             raise ValueError(f"hidden is {self.hidden}; experts are as wide as the parent's FFN")
-        if self.ffn == "dense" and (self.preserve or self.shared_weight is not None):
-            raise ValueError("preserve and shared_weight are of experts; ffn is 'dense'")
+        if self.ffn == "dense" and self.preserve:
+            raise ValueError("preserve is of experts; ffn is 'dense'")
+        _with_experts(PolicyConfig(state=1, action=1), self)  # what fits no parent
+        Objective(self.balance, self.switch)
+        if not 0 < self.router_rate < math.inf or self.router_warmup < 0:
+            raise ValueError(
+                f"router_rate is {self.router_rate} and router_warmup {self.router_warmup}; give a "
+                "positive number and steps from 0"
+            )
 
     def apply(self, parent: FlowPolicy, seed: int) -> FlowPolicy:
         """The policy to tune, made from a parent, which stays as it is."""
         if self.ffn == "dense":
-            return widened(parent, self.hidden or parent.config.hidden, seed=seed)
+            return widened(parent, tuned(parent.config, self).hidden, seed=seed)
         return upcycled(
             parent,
             self.ffn,
@@ -118,6 +129,28 @@ class Tuning:
             preserve=self.preserve,
             seed=seed,
         )
+
+
+def tuned(policy: PolicyConfig, tuning: Tuning | None) -> PolicyConfig:
+    """The sizes of what a dense parent becomes.
+
+    Args:
+        policy: The parent's.
+        tuning: What becomes of it; None for the parent itself.
+
+    Raises:
+        ValueError: When it cannot become that.
+    """
+    if tuning is None:
+        return policy
+    if tuning.ffn == "dense":
+        return policy.widened(policy.hidden if tuning.hidden is None else tuning.hidden)
+    return _with_experts(policy, tuning)
+
+
+def _with_experts(policy: PolicyConfig, tuning: Tuning) -> PolicyConfig:
+    names = ("ffn", "experts", "k", "shared_weight")
+    return replace(policy, **{name: getattr(tuning, name) for name in names})
 
 
 @dataclass(frozen=True)
@@ -133,7 +166,7 @@ class Evaluation:
         held_out: Ask with wordings that no policy is trained on; else with the instruction itself.
 
     Raises:
-        ValueError: When one is below 1.
+        ValueError: When one is below 1, or the seed below 0.
     """
 
     episodes: int = 25
@@ -147,6 +180,8 @@ class Evaluation:
         for name in ("episodes", "execute", "steps", "at_once"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seed < 0:
+            raise ValueError(f"seed is {self.seed}; it must be at least 0")
 
 
 @dataclass(frozen=True)
@@ -158,7 +193,8 @@ class RobotConfig:
         policy: The dense parent.
         parent: Its training.
         tuning: What becomes of it; None leaves it as it is.
-        tasks: Their names; without any nothing is simulated, and the record has losses alone.
+        tasks: Their names, kept as `find_task` has them; without any nothing is simulated, and the
+            record has losses alone.
         demonstrations: Of each task.
         evaluation: How it is scored.
         seed: Of weights, order of the data, and the demonstrations of scripted experts.
@@ -166,7 +202,8 @@ class RobotConfig:
         noise: Of scripted experts, as ``collect`` takes it.
         batch: Chunks of actions a step.
         state: The kind of state that the policy is shown.
-        images: What images it is shown; None for none.
+        images: What images it is shown, by cameras that the simulator has and a folder has images
+            of; None for none, or without tasks for those of the folder as they come.
         long_tasks: The tasks that count as long.
         experiment: The part of the book.
 
@@ -192,8 +229,12 @@ class RobotConfig:
 
     def __post_init__(self):
         for name in ("tasks", "long_tasks"):
-            object.__setattr__(self, name, tuple(getattr(self, name)))
-        kinds = simulator_of(map(find_task, self.tasks)).state_names
+            found = tuple(find_task(each).name for each in getattr(self, name))
+            if len(set(found)) < len(found):
+                raise ValueError(f"{name} names a task twice: {found}")
+            object.__setattr__(self, name, found)
+        simulator = simulator_of(map(find_task, self.tasks))
+        kinds = simulator.state_names
         if self.state not in kinds:
             raise ValueError(unknown("kind of state", self.state, kinds))
         if odd := set(self.long_tasks) - set(self.tasks):
@@ -202,9 +243,12 @@ class RobotConfig:
             raise ValueError(f"policy is the dense parent, not {self.policy.ffn!r}: see tuning")
         if self.source == SCRIPTED and not self.tasks:
             raise ValueError("scripted experts need tasks: name some")
+        tuned(self.policy, self.tuning)
         for name in ("demonstrations", "batch"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+        if self.seed < 0 or not 0 <= self.noise < math.inf:
+            raise ValueError(f"seed is {self.seed} and noise {self.noise}; both are from 0")
         if self.tasks and self.evaluation.execute > self.policy.horizon:
             raise ValueError(
                 f"execute is {self.evaluation.execute} of a horizon of {self.policy.horizon}"
@@ -214,6 +258,27 @@ class RobotConfig:
                 f"the policy takes {self.policy.state} numbers of state and {self.state!r} has "
                 f"{len(kinds[self.state])}"
             )
+        if self.tasks and self.policy.action != len(simulator.action_names):
+            raise ValueError(
+                f"the policy gives actions of {self.policy.action} numbers and {simulator.name} "
+                f"takes {len(simulator.action_names)}: {', '.join(simulator.action_names)}"
+            )
+        cameras = self.images.cameras if self.images else ()
+        if (self.images or self.tasks) and len(cameras) != self.policy.cameras:
+            raise ValueError(
+                f"the policy sees through {self.policy.cameras} cameras and images name "
+                f"{len(cameras)}: {', '.join(cameras) or 'none'}"
+            )
+        if self.images and self.tasks and not simulator.environment.shows_images:
+            raise ValueError(f"{simulator.name} shows states here: no images")
+
+    def data_key(self) -> str | None:
+        """What tells the data in a folder from others; None where scripted experts give them.
+
+        Raises:
+            DataError: When there is no such folder, or it holds no data set.
+        """
+        return None if self.source == SCRIPTED else dataset_key(_folder_of(self.source))
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -373,8 +438,10 @@ class _Batches:
     """Chunks of demonstrations with the token states of a wording of each instruction."""
 
     def __init__(self, config: RobotConfig, data: Demonstrations, device: torch.device):
-        also, cameras = None, config.policy.cameras
-        if cameras and len(data.images) != cameras:
+        also, cameras, views = None, config.policy.cameras, data.images
+        if config.images:
+            views = _views(config, data)
+        elif cameras and len(data.images) != cameras:
             raise DataError(
                 f"the policy of {config.variant} sees through {cameras} cameras and the "
                 f"demonstrations ({config.source}) have {len(data.images)}: "
@@ -382,7 +449,7 @@ class _Batches:
                 "for as many cameras."
             )
         if cameras:
-            also = {"images": frame_features(data.images, len(data), device=device)}
+            also = {"images": frame_features(views, len(data), device=device)}
         self.chunks = Chunks(
             data, batch=config.batch, horizon=config.policy.horizon, seed=config.seed, also=also
         )
@@ -413,6 +480,33 @@ class _Batches:
         return kept | {"text": self.text[places][:, :length], "text_mask": real[:, :length]}
 
 
+def _views(config: RobotConfig, data: Demonstrations) -> dict[str, Any]:
+    """The images of the cameras that the simulator will show, in the same order."""
+    if missing := [name for name in config.images.cameras if name not in data.images]:
+        raise DataError(
+            f"the policy of {config.variant} is shown {', '.join(config.images.cameras)} and the "
+            f"demonstrations ({config.source}) have no images of {', '.join(missing)} but of "
+            f"{', '.join(data.images) or 'none'}. Give a data set that calls its cameras so."
+        )
+    return {name: data.images[name] for name in config.images.cameras}
+
+
+def _warn_of_rate(config: RobotConfig, data: Demonstrations) -> None:
+    """An action lasts as long as a step: a policy that learnt another rate is too fast or slow.
+
+    No more than a warning, for data sets are about that differ in what they say alone: LIBERO's,
+    which takes 20 actions a second, are offered as of 10.
+    """
+    simulator = simulator_of(config.tasks)
+    if config.tasks and data.fps != simulator.control_hz:
+        warnings.warn(
+            f"the demonstrations ({config.source}) have {data.fps:g} frames a second and "
+            f"{simulator.name} takes {simulator.control_hz} actions: unless the action of a frame "
+            "was for one step of it, success says little",
+            stacklevel=2,
+        )
+
+
 def _statistics(own: Statistics) -> dict[str, Any]:
     return {"mean": own.mean, "std": own.scale}
 
@@ -435,6 +529,7 @@ class _Training:
         """Collected or read when they are first needed."""
         if self._data is None:
             self._data = load_data(self.config, progress=self.progress)
+            _warn_of_rate(self.config, self._data)
         return self._data
 
     @property
@@ -449,10 +544,8 @@ class _Training:
         plain = plain_config(self.config)
         names = ("policy", "parent", "tasks", "demonstrations", "seed", "source", "noise", "batch")
         decisive = {name: plain[name] for name in (*names, "state", "images")}
-        if self.config.source != SCRIPTED:
-            folder = _folder_of(self.config.source)
-            with_statistics = folder / "meta" / "stats.json"
-            decisive["data"] = sha256(with_statistics) if with_statistics.is_file() else None
+        if (data := self.config.data_key()) is not None:
+            decisive["data"] = data
         if tuned:
             decisive["tuning"] = plain["tuning"]
         key = f"{config_key(decisive, 'policies')}-{self.code}"

@@ -133,9 +133,12 @@ def task_information(
         tasks: Of each episode, from 0.
         permutations: Of the test.
         seed: Of the permutations.
+
+    Raises:
+        ValueError: When there is not one task for each episode, or one is below 0.
     """
+    tasks = _labels("tasks", tasks, len(uses))
     own = np.stack([use.sum(0) for use in uses])
-    tasks = np.asarray(tasks)
     rng = np.random.default_rng(seed)
 
     def bits(labels: np.ndarray) -> float:
@@ -164,7 +167,11 @@ def phase_information(
         phases: Of each episode the phase of each step, (T,), from 0.
         permutations: Of the test.
         seed: Of the permutations.
+
+    Raises:
+        ValueError: When there is not one phase for each step, or one is below 0.
     """
+    phases = _phases(phases, uses)
     count = 1 + max(int(phase.max()) for phase in phases)
     uses = [np.asarray(use, dtype=np.float64) for use in uses]
     before = [np.concatenate([np.zeros((1, use.shape[1])), use.cumsum(0)]) for use in uses]
@@ -207,9 +214,13 @@ def exchanged_phase_information(
         tasks: Of each episode, from 0.
         permutations: Of the test.
         seed: Of the permutations.
+
+    Raises:
+        ValueError: When there is not one task for each episode or one phase for each step, or one
+            is below 0.
     """
+    phases, tasks = _phases(phases, uses), _labels("tasks", tasks, len(uses))
     count = 1 + max(int(phase.max()) for phase in phases)
-    tasks = np.asarray(tasks)
 
     def crossed(use: np.ndarray, phase: np.ndarray) -> np.ndarray:
         middles = np.arange(len(use)) + 0.5  # of the steps
@@ -232,6 +243,25 @@ def exchanged_phase_information(
         return mutual_information(table)
 
     return _tested(bits(False), [bits(True) for _ in range(permutations)])
+
+
+def _labels(name: str, given: Sequence[int], count: int) -> np.ndarray:
+    """Labels (count,), whole numbers from 0, of which there is at least one."""
+    labels = np.asarray(given)
+    if not count or labels.shape != (count,):
+        raise ValueError(f"{name} have shape {labels.shape}; give ({count},), and at least one")
+    if not np.issubdtype(labels.dtype, np.integer) or labels.min() < 0:
+        raise ValueError(f"{name} are {np.unique(labels).tolist()}; give whole numbers from 0")
+    return labels
+
+
+def _phases(phases: Sequence[np.ndarray], uses: Sequence[np.ndarray]) -> list[np.ndarray]:
+    if not uses or len(phases) != len(uses):
+        raise ValueError(f"there are phases of {len(phases)} episodes and uses of {len(uses)}")
+    return [
+        _labels(f"phases of episode {place}", own, len(use))
+        for place, (own, use) in enumerate(zip(phases, uses, strict=True))
+    ]
 
 
 def _runs(phase: np.ndarray) -> list[tuple[int, int, int]]:

@@ -6,6 +6,7 @@ them; `feedforward.robot.tasks` knows the tasks of all by name.
 
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass, field
+from numbers import Integral
 from typing import NamedTuple
 
 import numpy as np
@@ -93,20 +94,28 @@ class Images:
     """What images an environment gives beside its states.
 
     Attributes:
-        size: Height and width in pixels.
+        size: Height and width in pixels; an even number where they are stored, as video.
         cameras: Names in the scene; in Meta-World ``corner``, ``corner2``, ``corner3``,
             ``corner4``, ``topview``, ``behindGripper``, ``gripperPOV``, in ALOHA ``top``,
             ``angle``, ``front_close``, ``left_pillar``, ``right_pillar``, ``left_wrist``,
             ``right_wrist``.
+
+    Raises:
+        ValueError: When the size is no whole number from 1, there is no camera, or one twice.
     """
 
     size: int = 84
     cameras: tuple[str, ...] = ("corner2",)
 
     def __post_init__(self):
+        if isinstance(self.cameras, str):  # would be taken apart into letters
+            raise ValueError(f"cameras is {self.cameras!r}; give names, as in ({self.cameras!r},)")
         object.__setattr__(self, "cameras", tuple(self.cameras))
-        if self.size < 1 or not self.cameras:
-            raise ValueError(f"images need a size from 1 and a camera, not {self}")
+        whole = isinstance(self.size, Integral) and not isinstance(self.size, bool)
+        if not whole or self.size < 1 or not self.cameras:
+            raise ValueError(f"images need a whole size from 1 and a camera, not {self}")
+        if len(set(self.cameras)) < len(self.cameras):
+            raise ValueError(f"a camera is named twice: {self.cameras}")
 
 
 @dataclass(frozen=True)
@@ -155,6 +164,8 @@ class Environment:
     body_names: tuple[str, ...] = ()
     #: How many arms these are of.
     arms: int = 1
+    #: Whether cameras show its scene, where something renders.
+    shows_images: bool = True
     #: Two pictures of the scene, each twice as wide as high.
     views: tuple[View, View] = (
         View("from the side", 1, 2, (-0.3, 1.3), (-0.05, 0.75)),

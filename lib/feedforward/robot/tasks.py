@@ -145,8 +145,8 @@ def make_environment(
 def scripted_expert(task: Task | str) -> Callable[[np.ndarray], np.ndarray]:
     """The scripted policy of a task: from a full state to an action, each number from -1 to 1.
 
-    Meta-World's own, with small corrections in four tasks; those of LIBERO and ALOHA are written
-    here.
+    Meta-World's own, with small corrections in six tasks, and in the place of soccer's one that
+    carries the ball; those of LIBERO and ALOHA are written here.
     """
     task = _found(task)
     return task.simulator.expert(task)
