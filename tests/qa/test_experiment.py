@@ -325,8 +325,6 @@ def test_the_trained_reader_is_the_measured_one(config, data, trained):
     windows = by_domain(data.pooled("oodomain_val"), tokenizer, length=32, stride=8)
     measured = measure(reader, windows, batch=8)
     assert measured.items.score().f1 == pytest.approx(record.metrics["out-of-domain F1"])
-    shares = [usage.largest_share for usage in measured.pooled_usage]
-    assert 0.5 <= shares[0] <= 1
 
 
 def test_weights_that_are_damaged_say_so(config):

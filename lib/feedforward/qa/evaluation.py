@@ -119,11 +119,6 @@ class Measured:
     items: ItemScores
     usage: Mapping[str, Sequence[Usage]]
 
-    @property
-    def pooled_usage(self) -> list[Usage]:
-        """Of each layer, over all domains."""
-        return pool(self.usage.values())
-
 
 def pool(usages: Iterable[Sequence[Usage]]) -> list[Usage]:
     """Sum, layer by layer."""
