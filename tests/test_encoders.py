@@ -1,4 +1,6 @@
 import importlib.metadata
+import json
+import shutil
 
 import pytest
 import torch
@@ -73,6 +75,72 @@ def folder(tmp_path_factory):
         tokenizer_object=tokenizer, unk_token="[UNK]", pad_token="[PAD]"
     ).save_pretrained(place)
     return str(place)
+
+
+def changed(folder, place, **entries):
+    """A copy of an encoder with other entries in its config.json."""
+    shutil.copytree(folder, place)
+    config = json.loads((place / "config.json").read_text())
+    (place / "config.json").write_text(json.dumps(config | entries))
+    return str(place)
+
+
+@pytest.mark.parametrize(
+    ("entries", "message"),
+    [
+        ({"num_hidden_layers": 4}, r"32 are missing, first encoder\.layer\.2\.attention"),
+        ({"intermediate_size": 48}, r"6 are of another size, first encoder\.layer\.0\.inter"),
+        ({"num_hidden_layers": 3, "intermediate_size": 48}, r"16 are missing, .* and 6 are of"),
+        ({"model_type": "distilbert", "dim": 16, "n_heads": 2}, r"are missing, first transformer"),
+    ],
+)
+def test_weights_that_are_not_those_of_the_configuration(folder, tmp_path, entries, message):
+    place = changed(folder, tmp_path / "other", **entries)
+    with pytest.raises(encoders.MissingEncoder, match=message) as caught:
+        encoders.load_encoder(place)
+    assert repr(place) in str(caught.value)
+    assert "Give a folder" in str(caught.value)
+
+
+def test_a_pooler_may_be_missing(folder, tmp_path):
+    place = changed(folder, tmp_path / "no pooler")
+    model = transformers.BertModel.from_pretrained(folder, add_pooling_layer=False)
+    model.save_pretrained(place)
+    loaded, whole = encoders.load_encoder(place), encoders.load_encoder(folder)
+    for (name, one), (_, other) in zip(
+        loaded.named_parameters(), whole.named_parameters(), strict=True
+    ):
+        assert torch.equal(one, other), name
+
+
+@pytest.mark.parametrize("keep", [-500, 0, None])
+def test_a_damaged_file_of_weights_is_named(folder, tmp_path, keep):
+    place = changed(folder, tmp_path / "damaged")
+    file = tmp_path / "damaged" / "model.safetensors"
+    file.write_bytes(b"no weights" * 20 if keep is None else file.read_bytes()[:keep])
+    with pytest.raises(encoders.MissingEncoder, match=r"model\.safetensors is damaged: .* get it"):
+        encoders.load_encoder(place)
+
+
+@pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
+def test_weights_become_float32(folder, tmp_path, dtype):
+    half = transformers.BertModel.from_pretrained(folder, dtype=dtype)
+    half.save_pretrained(tmp_path)
+    model = encoders.load_encoder(str(tmp_path))
+    assert {parameter.dtype for parameter in model.parameters()} == {torch.float32}
+    wide = half.float().embeddings.word_embeddings.weight
+    assert torch.equal(model.embeddings.word_embeddings.weight, wide)
+
+
+def test_a_tokenizer_without_files_is_not_made_up(folder, tmp_path):
+    place = changed(folder, tmp_path / "bare")
+    for file in (tmp_path / "bare").glob("tokenizer*"):
+        file.unlink()
+    with pytest.raises(encoders.MissingEncoder, match="has no vocabulary: the files of its token"):
+        encoders.load_tokenizer(place)
+    (tmp_path / "bare" / "tokenizer.json").write_text("{}")
+    with pytest.raises(encoders.MissingEncoder, match="cannot be loaded"):
+        encoders.load_tokenizer(place)
 
 
 def test_states_of_a_text_do_not_depend_on_its_neighbours(folder):

@@ -4,10 +4,10 @@ The embedded one comes with an ordinary ``pip install`` and is compared with its
 are built around encoders; policies take their token states as they are.
 """
 
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -54,6 +54,8 @@ class MissingEncoder(ValueError):
 def load_encoder(encoder: str = EMBEDDED) -> "PreTrainedModel":
     """Load a pretrained encoder without a pooler, weights from safetensors, in evaluation mode.
 
+    The weights are float32, in whatever type they are stored, as those of the layers around them.
+
     MiniLM-L6 was tuned for the similarity of sentences on pairs that include questions of SQuAD 2.0
     and Natural Questions, so that those are not new to it.
 
@@ -62,20 +64,28 @@ def load_encoder(encoder: str = EMBEDDED) -> "PreTrainedModel":
             name on the Hugging Face hub such as ``"distilbert-base-uncased"``, or a folder.
 
     Raises:
-        MissingEncoder: When it cannot be loaded.
+        MissingEncoder: When it cannot be loaded, or its weights are not those of its configuration.
     """
+    from safetensors import SafetensorError
     from transformers import AutoModel
 
     place = _place(encoder)
     try:
-        model = AutoModel.from_pretrained(
+        model, report = AutoModel.from_pretrained(
             place,
+            dtype=torch.float32,
             use_safetensors=True,
             trust_remote_code=False,
             local_files_only=isinstance(place, Path),
+            # both told below: transformers fills what is missing with random numbers
+            output_loading_info=True,
+            ignore_mismatched_sizes=True,
         )
-    except (OSError, ValueError) as error:
+    except SafetensorError as error:
+        raise _not_loaded(encoder, _damaged(place, error)) from error
+    except (OSError, ValueError, RuntimeError) as error:
         raise _not_loaded(encoder, error) from error
+    _check_weights(encoder, report)
     if hasattr(model, "pooler"):
         model.pooler = None  # its weights would never be trained
     return model.eval()
@@ -88,7 +98,7 @@ def load_tokenizer(encoder: str = EMBEDDED) -> "PreTrainedTokenizerFast":
         encoder: As `load_encoder` takes it.
 
     Raises:
-        MissingEncoder: When it cannot be loaded.
+        MissingEncoder: When it cannot be loaded, or has no vocabulary.
     """
     from transformers import AutoTokenizer
 
@@ -97,8 +107,11 @@ def load_tokenizer(encoder: str = EMBEDDED) -> "PreTrainedTokenizerFast":
         tokenizer = AutoTokenizer.from_pretrained(
             place, trust_remote_code=False, local_files_only=isinstance(place, Path)
         )
-    except (OSError, ValueError) as error:
+    except Exception as error:  # a tokenizer.json of another layout raises many kinds
         raise _not_loaded(encoder, error) from error
+    # without files transformers makes one that knows its special tokens alone
+    if not tokenizer.get_vocab().keys() - set(tokenizer.all_special_tokens):
+        raise _not_loaded(encoder, "it has no vocabulary: the files of its tokenizer are missing")
     if tokenizer.is_fast:
         tokenizer.backend_tokenizer.no_truncation()
         tokenizer.backend_tokenizer.no_padding()
@@ -144,7 +157,41 @@ def _loaded(encoder: str) -> "tuple[PreTrainedModel, PreTrainedTokenizerFast]":
     return load_encoder(encoder), load_tokenizer(encoder)
 
 
-def _not_loaded(encoder: str, error: Exception) -> MissingEncoder:
+def _check_weights(encoder: str, report: Mapping[str, Any]) -> None:
+    """Refuse weights that leave a part of the encoder random, the pooler aside."""
+    wrong = []
+    for kind, words in (("missing_keys", "missing"), ("mismatched_keys", "of another size")):
+        found = report[kind]
+        names = sorted(name if isinstance(name, str) else name[0] for name in found)
+        if names := [name for name in names if "pooler" not in name.split(".")]:
+            wrong.append(f"{len(names)} are {words}, first {names[0]}")
+    if wrong:
+        raise _not_loaded(
+            encoder, f"of the weights that its config.json asks for {' and '.join(wrong)}"
+        )
+
+
+def _damaged(place: Path | str, error: Exception) -> str:
+    """Which file of weights cannot be read."""
+    from huggingface_hub import try_to_load_from_cache
+    from safetensors import SafetensorError, safe_open
+
+    if isinstance(place, Path):
+        files = sorted(place.glob("*.safetensors"))
+    else:
+        file = try_to_load_from_cache(place, "model.safetensors")
+        files = [file] if isinstance(file, str) else []
+    name = "a file of its weights"
+    for file in files:
+        try:
+            with safe_open(file, "pt"):
+                pass
+        except SafetensorError:
+            name = file
+    return f"{name} is damaged: {error}; get it again"
+
+
+def _not_loaded(encoder: str, error: Exception | str) -> MissingEncoder:
     return MissingEncoder(
         f"the encoder {encoder!r} cannot be loaded ({error}). Give a folder with config.json, "
         "model.safetensors and tokenizer.json, a name on the Hugging Face hub (needs a network), "
