@@ -143,6 +143,67 @@ def test_a_tokenizer_without_files_is_not_made_up(folder, tmp_path):
         encoders.load_tokenizer(place)
 
 
+SMALL = {
+    "vocab_size": 6, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 2,
+    "num_attention_heads": 2, "max_position_embeddings": 12,
+}  # fmt: skip
+FAMILIES = {
+    "bert": (transformers.BertConfig(**SMALL), 12),
+    "roberta": (transformers.RobertaConfig(**SMALL, pad_token_id=1), 10),
+    "mpnet": (transformers.MPNetConfig(**SMALL), 10),
+    "distilbert": (
+        transformers.DistilBertConfig(
+            vocab_size=6, dim=16, hidden_dim=32, n_layers=2, n_heads=2, max_position_embeddings=12
+        ),
+        12,
+    ),
+    "electra": (transformers.ElectraConfig(**SMALL, embedding_size=8), 12),
+    "nystromformer": (
+        transformers.NystromformerConfig(**SMALL, num_landmarks=12, segment_means_seq_len=12),
+        12,
+    ),
+    "modernbert": (transformers.ModernBertConfig(**SMALL, pad_token_id=0), None),
+    "deberta": (transformers.DebertaV2Config(**SMALL, position_biased_input=False), None),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_the_most_tokens_are_those_that_an_encoder_can_read(family):
+    config, most = FAMILIES[family]
+    model = transformers.AutoModel.from_config(config).eval()
+    assert encoders.most_tokens(model) == most
+    texts = torch.full((1, most or 40), 3)
+    with torch.no_grad():
+        assert model(texts).last_hidden_state.shape[1] == texts.shape[1]
+    encoders.check_length(model, texts.shape[1], "it", "cut it")
+    if most:
+        with pytest.raises((RuntimeError, IndexError)), torch.no_grad():
+            model(torch.full((1, most + 1), 3))
+        with pytest.raises(ValueError, match=f"it has {most + 1} tokens, and .* for {most}; cut"):
+            encoders.check_length(model, most + 1, "it", "cut it")
+
+
+def test_an_outline_has_the_sizes_of_the_encoder(folder):
+    model, shape = encoders.load_encoder(folder), encoders.outline(folder)
+    for (name, one), (other, two) in zip(
+        model.named_parameters(), shape.named_parameters(), strict=True
+    ):
+        assert (name, one.shape, one.dtype) == (other, two.shape, two.dtype)
+        assert two.is_meta
+    distilbert = encoders.outline("distilbert-base-uncased")
+    assert sum(parameter.numel() for parameter in distilbert.parameters()) == 66_362_880
+    with pytest.raises(encoders.MissingEncoder, match="Give a folder"):
+        encoders.outline(f"{folder}/nothing/there")
+
+
+def test_a_text_that_is_longer_than_the_encoder_reads(folder):
+    assert encoders.token_states(["open " * 512], folder)[0].shape[1] == 512
+    with pytest.raises(
+        ValueError, match=r"the text 'open .*\.\.\.' has 513 tokens, .* for 512; sh"
+    ):
+        encoders.token_states(["open", "open " * 513], folder)
+
+
 def test_states_of_a_text_do_not_depend_on_its_neighbours(folder):
     texts = ["open", "close the drawer", "open the drawer"]
     states, real = encoders.token_states(texts, folder)

@@ -91,6 +91,81 @@ def load_encoder(encoder: str = EMBEDDED) -> "PreTrainedModel":
     return model.eval()
 
 
+def outline(encoder: str = EMBEDDED) -> "PreTrainedModel":
+    """An encoder as `load_encoder` gives it, on the meta device: its sizes without its weights.
+
+    That of ``"distilbert-base-uncased"`` needs no network.
+
+    Args:
+        encoder: As `load_encoder` takes it.
+
+    Raises:
+        MissingEncoder: When its configuration cannot be loaded.
+    """
+    from transformers import AutoConfig, AutoModel, DistilBertConfig
+
+    if encoder == "distilbert-base-uncased":
+        config = DistilBertConfig()  # whose defaults are its sizes
+    else:
+        place = _place(encoder)
+        try:
+            config = AutoConfig.from_pretrained(
+                place, trust_remote_code=False, local_files_only=isinstance(place, Path)
+            )
+        except (OSError, ValueError) as error:
+            raise _not_loaded(encoder, error) from error
+    with torch.device("meta"):
+        model = AutoModel.from_config(config, dtype=torch.float32, trust_remote_code=False)
+    if hasattr(model, "pooler"):
+        model.pooler = None
+    return model.eval()
+
+
+# what models call their tables of absolute positions
+_POSITIONS = ("position_embeddings", "position_embedding", "embed_positions", "wpe")
+
+
+def most_tokens(model: nn.Module) -> int | None:
+    """Tokens of a text at most that an encoder has positions for.
+
+    Args:
+        model: The encoder.
+
+    Returns:
+        The number; None where it has no table of positions that could end, such as one that turns
+        queries and keys by their places.
+    """
+    limits = []
+    for name, module in model.named_modules():
+        if isinstance(module, nn.Embedding) and name.rpartition(".")[2] in _POSITIONS:
+            # RoBERTa and its kin count from behind the row of the padding
+            before = 0 if module.padding_idx is None else module.padding_idx + 1
+            limits.append(module.num_embeddings - before)
+    # other tables have rows in front that no token gets, without saying so
+    named = getattr(getattr(model, "config", None), "max_position_embeddings", None)
+    return min([*limits, named] if isinstance(named, int) else limits) if limits else None
+
+
+def check_length(model: nn.Module, tokens: int, what: str, cure: str) -> None:
+    """Refuse texts that are longer than an encoder reads.
+
+    Args:
+        model: The encoder.
+        tokens: Of the longest text, the special ones included.
+        what: Which text, for the message.
+        cure: What to do about it, likewise.
+
+    Raises:
+        ValueError: When there are more tokens than positions.
+    """
+    limit = most_tokens(model)
+    if limit is not None and tokens > limit:
+        raise ValueError(
+            f"{what} has {tokens} tokens, and {type(model).__name__} positions for {limit}; "
+            f"{cure}, or choose an encoder that reads more"
+        )
+
+
 def load_tokenizer(encoder: str = EMBEDDED) -> "PreTrainedTokenizerFast":
     """Load the tokenizer of an encoder; truncation and padding that were saved with it are off.
 
@@ -132,7 +207,7 @@ def token_states(texts: Sequence[str], encoder: str = EMBEDDED) -> tuple[Tensor,
         among them, and which tokens are real (N, L), bool. L is the longest text's.
 
     Raises:
-        ValueError: No text, or an empty one.
+        ValueError: No text, an empty one, or one that is longer than the encoder reads.
         MissingEncoder: When the encoder cannot be loaded.
     """
     if not texts or not all(isinstance(text, str) and text.strip() for text in texts):
@@ -148,8 +223,11 @@ def token_states(texts: Sequence[str], encoder: str = EMBEDDED) -> tuple[Tensor,
 def _states(text: str, encoder: str) -> Tensor:
     """States of the tokens of one text, (L, width)."""
     model, tokenizer = _loaded(encoder)
+    inputs = tokenizer(text, return_tensors="pt")
+    start = repr(text if len(text) <= 60 else f"{text[:57]}...")
+    check_length(model, inputs["input_ids"].shape[1], f"the text {start}", "shorten it")
     with torch.no_grad():
-        return model(**tokenizer(text, return_tensors="pt")).last_hidden_state[0]
+        return model(**inputs).last_hidden_state[0]
 
 
 @lru_cache(maxsize=1)

@@ -465,6 +465,24 @@ def test_experts_dropped_at_random_answer_differently_each_time(config):
     assert quiet(replace(config, repeats=3)).metrics["range of out-of-domain F1"] == 0
 
 
+def test_answers_at_random_do_not_depend_on_what_ran_before(config, monkeypatch):
+    drawn, real = [], runs.measure
+
+    def noted(*arguments, **options):
+        drawn.append(torch.get_rng_state()[:16].tolist())
+        return real(*arguments, **options)
+
+    monkeypatch.setattr(runs, "measure", noted)
+    random = arm(config, reader={"drop_second": True, "gate_std": 1.0}, repeats=2)
+    first = quiet(random)
+    (file,) = cache_directory().rglob("record.json")
+    file.unlink()
+    torch.manual_seed(123)  # the stages are loaded, and no training leaves its random numbers
+    assert plain(quiet(random)) == plain(first)
+    assert len(drawn) == 2 * 3
+    assert drawn[:3] == drawn[3:]
+
+
 def test_padding_that_is_routed_takes_the_capacity_of_real_tokens(config):
     limits = {"capacity_factor": 0.6, "eval_capacity_factor": 0.6}
     kept = quiet(arm(config, "capacity", reader=limits))
@@ -748,6 +766,22 @@ def test_stages_that_cannot_be_are_refused(change, message):
 def test_augmentations_that_cannot_be_are_refused(options, message):
     with pytest.raises(ValueError, match=message):
         Augmentation(**options)
+
+
+def test_windows_that_are_longer_than_the_encoder_reads(config, data, monkeypatch):
+    monkeypatch.setattr(runs, "train", None)
+    with pytest.raises(ValueError, match="has 65 tokens, and BertModel positions for 64; set its"):
+        quiet(replace(config, length=65))
+    tokenizer = runs.load_tokenizer(config.reader.encoder)
+    question = replace(data.pooled("oodomain_val")[0], context="ada wrote plans " * 40, answers=())
+    windows = by_domain([question], tokenizer, length=80, stride=8)
+    for reader in (make_reader(config), make_reader(arm(config, reader={"form": "mixture"}))):
+        with pytest.raises(ValueError, match="has 80 tokens, and BertModel positions for 64"):
+            measure(reader, windows)
+        with pytest.raises(ValueError, match="has 65 tokens"):
+            measure(reader, by_domain([question], tokenizer, length=32, stride=8), padded=(65, 0))
+    with pytest.raises(ValueError, match="has 80 tokens"):
+        trace_routing(make_reader(config), tokenizer, question, length=80, stride=8)
 
 
 @pytest.mark.parametrize(

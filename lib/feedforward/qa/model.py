@@ -442,5 +442,10 @@ def _head(config: ReaderConfig, dim: int) -> nn.Module | None:
     return _Stack(blocks, dim)
 
 
+def encoders_of(reader: nn.Module) -> list[nn.Module]:
+    """The encoder of a reader, or all of a mixture's; any other model is its own."""
+    return [getattr(one, "encoder", one) for one in getattr(reader, "readers", [reader])]
+
+
 def _mixtures(model: nn.Module) -> Iterator[MoE]:
     return (module for module in model.modules() if isinstance(module, MoE))

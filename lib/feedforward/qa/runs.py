@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from feedforward.encoders import check_length, outline
 from feedforward.files import DataError, atomic_write, cache_directory
 from feedforward.layers.cost import count
 from feedforward.layers.experts import collect_routing
@@ -32,6 +33,7 @@ from feedforward.qa.evaluation import (
     Measured,
     Usage,
     by_domain,
+    check_windows,
     chosen_by_half,
     expert_layers,
     measure,
@@ -44,6 +46,7 @@ from feedforward.qa.model import (
     ReaderConfig,
     ReaderMixture,
     build_reader,
+    encoders_of,
     load_tokenizer,
 )
 from feedforward.qa.schema import Question
@@ -166,7 +169,7 @@ def run(
         DataError: When the questions are missing or damaged.
         MissingEncoder: When the encoder cannot be loaded.
         TrainingError: When the loss is no longer finite.
-        ValueError: When several processes run it.
+        ValueError: When several processes run it, or its windows are longer than the encoder reads.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -181,6 +184,12 @@ def run(
             return Record.load(folder / "record.json")
         except (FileNotFoundError, RecordError):
             pass
+        check_length(
+            outline(config.reader.encoder),
+            config.length,
+            "a window of this run",
+            "set its length to no more",
+        )
         data, tokenizer = load_data(config.source), load_tokenizer(config.reader.encoder)
         reader, logs = _Training(config, data, tokenizer, progress, device).after()
         record = _measured(config, data, tokenizer, reader.to(device), logs, device)
@@ -248,6 +257,8 @@ def _measured(config, data, tokenizer, reader, logs, device) -> Record:
     """Answer the questions that are reported, and put everything into a record."""
     started = time.perf_counter()
     answer = _answering(config, tokenizer, device)
+    # of readers that answer at random: the same numbers whether training ran just now or not
+    seed_everything(0)
     inside = answer(reader, by_domain_of(config, _scored(config, data, "indomain_val"), tokenizer))
     windows = by_domain_of(config, _scored(config, data, "oodomain_val"), tokenizer)
     tries = []
@@ -353,7 +364,7 @@ def _usage(config, layers: Sequence[str], inside: Measured, tries: Sequence[Meas
 
 def _costs(reader: nn.Module, logs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     cost = count(reader)
-    encoders = _encoders(reader)
+    encoders = encoders_of(reader)
     tokens, pairs = (sum(log[name] for log in logs) for name in ("tokens", "token pairs"))
     attention = sum(
         12 * encoder.config.num_hidden_layers * encoder.config.hidden_size for encoder in encoders
@@ -444,7 +455,7 @@ class _Training:
             training = replace(training, steps=stage.epochs * originals.steps_per_epoch)
         # on a processor PyTorch's fused kernel takes half again as long to train in bfloat16
         # (256 tokens, measured with 2.13), and half as long to answer
-        fused = _encoders(reader)[0].config._attn_implementation
+        fused = encoders_of(reader)[0].config._attn_implementation
         quick = "eager" if self.device.type == "cpu" else fused
         chooser = None
         if stage.choice != "last":
@@ -557,21 +568,17 @@ def make_reader(config: QuestionAnsweringConfig) -> nn.Module:
     """The untrained reader of a run, in evaluation mode."""
     reader = build_reader(replace(config.reader, seed=config.seed))
     if config.dropout is not None:
-        for encoder in _encoders(reader):
+        for encoder in encoders_of(reader):
             for module in encoder.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = config.dropout
     return reader
 
 
-def _encoders(reader: nn.Module) -> list[nn.Module]:
-    return [one.encoder for one in getattr(reader, "readers", [reader])]
-
-
 @contextlib.contextmanager
 def _attention(reader: nn.Module, implementation: str) -> Iterator[None]:
     """Compute the encoders' attention this way in the block."""
-    encoders = _encoders(reader)
+    encoders = encoders_of(reader)
     before = encoders[0].config._attn_implementation
     for encoder in encoders:
         encoder.set_attn_implementation(implementation)
@@ -681,7 +688,8 @@ def trace_routing(
         stride: Tokens that two windows share.
 
     Raises:
-        ValueError: When the reader has no experts for single tokens.
+        ValueError: When the reader has no experts for single tokens, or the window is longer than
+            its encoder reads.
     """
     layers = expert_layers(reader)
     if not layers or isinstance(reader, ReaderMixture):
@@ -691,6 +699,7 @@ def trace_routing(
         )
     features = prepare([question], tokenizer, length=length, stride=stride)
     window = int(features.answerable.argmax())
+    check_windows(reader, int(features.lengths[window]))
     inputs = features.batch([window])
     device = next(reader.parameters()).device
     inputs = {k: v.to(device) for k, v in inputs.items() if not k.endswith("_positions")}
