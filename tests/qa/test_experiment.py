@@ -8,14 +8,16 @@ import numpy as np
 import pytest
 import torch
 import transformers
+from torch.utils.flop_counter import FlopCounterMode
 
 from feedforward import records
 from feedforward.augment.back_translation import TranslationCache
 from feedforward.augment.lexicon import Lexicon
 from feedforward.files import DataError, cache_directory
+from feedforward.layers.cost import count as count_cost
 from feedforward.layers.experts import MoE
 from feedforward.profiles import load_experiment
-from feedforward.qa import accounting, runs, stages
+from feedforward.qa import runs, stages
 from feedforward.qa.accounting import memory, plan, reader_cost, training_flops
 from feedforward.qa.data import Questions
 from feedforward.qa.evaluation import (
@@ -727,9 +729,45 @@ def test_the_plan_of_the_paper_is_the_released_recipe():
     assert "GiB" not in plan("cpu", [replace(baseline)]).columns
 
 
-def test_encoders_are_asked_for_their_sizes(encoder):
-    shape = accounting.encoder_shape(encoder)
-    assert (shape.width, shape.layers, shape.hidden, shape.vocabulary) == (16, 2, 32, 300)
+SMALL = {
+    "vocab_size": 300, "hidden_size": 16, "intermediate_size": 32, "num_hidden_layers": 4,
+    "num_attention_heads": 2, "max_position_embeddings": 64,
+}  # fmt: skip
+FAMILIES = {
+    "electra": transformers.ElectraConfig(**SMALL, embedding_size=8),
+    "albert": transformers.AlbertConfig(**SMALL, embedding_size=8),
+    "albert-2": transformers.AlbertConfig(**SMALL, embedding_size=8, num_hidden_groups=2),
+    "deberta": transformers.DebertaV2Config(**SMALL, relative_attention=True, pos_att_type="c2p"),
+    "modernbert": transformers.ModernBertConfig(**SMALL, pad_token_id=0),
+    "mpnet": transformers.MPNetConfig(**SMALL),
+}
+
+
+@pytest.mark.parametrize("family", FAMILIES)
+def test_readers_on_any_encoder_are_counted_as_they_are(family, tmp_path):
+    transformers.AutoModel.from_config(FAMILIES[family]).save_pretrained(tmp_path)
+    for form, options in FORMS.items():
+        reader = ReaderConfig(str(tmp_path), form, **options)
+        if form == "switch" and family.startswith("albert"):
+            for make in (build_reader, lambda reader: reader_cost(reader, 32)):
+                with pytest.raises(ValueError, match="the 4 layers of AlbertModel share"):
+                    make(reader)
+            continue
+        made, planned = count_cost(build_reader(reader)), reader_cost(reader, 32)
+        assert planned.parameters == made.parameters, form
+        assert planned.active_parameters == made.active_parameters, form
+
+
+@pytest.mark.parametrize("family", ["electra", "albert", "albert-2", "modernbert", "mpnet"])
+def test_planned_flops_are_those_of_a_forward_pass(family, tmp_path):
+    transformers.AutoModel.from_config(FAMILIES[family]).save_pretrained(tmp_path)
+    planned = reader_cost(ReaderConfig(str(tmp_path)), 32)
+    reader = build_reader(ReaderConfig(str(tmp_path)))
+    # the counter does not know the fused attention of processors
+    eager = runs._attention(reader, "eager")
+    with FlopCounterMode(display=False) as counter, torch.no_grad(), eager:
+        reader(torch.ones(1, 32, dtype=torch.long))
+    assert planned.flops == counter.get_total_flops() / 32
 
 
 # --- bad input ------------------------------------------------------------------------------------

@@ -48,6 +48,7 @@ from feedforward.qa.model import (
     build_reader,
     encoders_of,
     load_tokenizer,
+    repeated_flops,
 )
 from feedforward.qa.schema import Question
 from feedforward.qa.stages import Stage, expert_parameters, stage_questions, subsample
@@ -366,6 +367,7 @@ def _costs(reader: nn.Module, logs: Sequence[Mapping[str, Any]]) -> dict[str, An
     cost = count(reader)
     encoders = encoders_of(reader)
     tokens, pairs = (sum(log[name] for log in logs) for name in ("tokens", "token pairs"))
+    again = sum(map(repeated_flops, encoders))
     attention = sum(
         12 * encoder.config.num_hidden_layers * encoder.config.hidden_size for encoder in encoders
     )
@@ -373,7 +375,7 @@ def _costs(reader: nn.Module, logs: Sequence[Mapping[str, Any]]) -> dict[str, An
     return {
         "parameters": cost.parameters,
         "active parameters": cost.active_parameters,
-        "training FLOPs": cost.training_flops * tokens + attention * pairs,
+        "training FLOPs": (cost.training_flops + 3 * again) * tokens + attention * pairs,
         "training seconds": sum(log["seconds"] for log in logs),
         "stages": [{name: log[name] for name in kept if name in log} for log in logs],
     }
