@@ -4,6 +4,7 @@ The embedded one comes with an ordinary ``pip install`` and is compared with its
 are built around encoders; policies take their token states as they are.
 """
 
+import hashlib
 from collections.abc import Mapping, Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -12,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 
-from feedforward.files import DataError
+from feedforward.files import DataError, sha256
 from feedforward.packages import PackageFiles
 
 if TYPE_CHECKING:
@@ -119,6 +120,25 @@ def outline(encoder: str = EMBEDDED) -> "PreTrainedModel":
     if hasattr(model, "pooler"):
         model.pooler = None
     return model.eval()
+
+
+def folder_sha256(encoder: str) -> str | None:
+    """The checksum of an encoder in a folder: of its configuration, weights and tokenizer.
+
+    Args:
+        encoder: As `load_encoder` takes it.
+
+    Returns:
+        64 hexadecimal digits; None of the embedded encoder and of a name on the hub.
+    """
+    place = None if encoder == EMBEDDED else _place(encoder)
+    if not isinstance(place, Path):
+        return None
+    digest = hashlib.sha256()
+    for file in sorted(place.iterdir()):
+        if file.suffix in (".json", ".safetensors", ".txt", ".model") and file.is_file():
+            digest.update(f"{file.name} {sha256(file)}\n".encode())
+    return digest.hexdigest()
 
 
 # what models call their tables of absolute positions

@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import shutil
 from dataclasses import replace
 
 import numpy as np
@@ -39,7 +40,7 @@ from feedforward.qa.runs import (
     trace_routing,
     trained_reader,
 )
-from feedforward.qa.schema import Answer, Question
+from feedforward.qa.schema import SPLITS, Answer, Question
 from feedforward.qa.stages import (
     Augmentation,
     Stage,
@@ -315,6 +316,94 @@ def test_a_shared_stage_gives_the_numbers_of_one_s_own(config, monkeypatch, tmp_
     shared = quiet(config)
     monkeypatch.setenv("FEEDFORWARD_CACHE", str(tmp_path / "another"))
     assert plain(quiet(config)) == plain(shared)
+
+
+# --- files of one's own ---------------------------------------------------------------------------
+
+
+def write_folder(place, data):
+    """Questions as a folder of SQuAD files."""
+    for split in SPLITS:
+        for domain, questions in data[split].items():
+            paragraphs = [
+                {
+                    "context": q.context,
+                    "qas": [
+                        {
+                            "id": q.id,
+                            "question": q.question,
+                            "answers": [
+                                {"text": a.text, "answer_start": a.start} for a in q.answers
+                            ],
+                        }
+                    ],
+                }
+                for q in questions
+            ]
+            file = place / split / f"{domain}.json"
+            file.parent.mkdir(parents=True, exist_ok=True)
+            file.write_text(json.dumps({"data": [{"paragraphs": paragraphs}]}))
+
+
+@pytest.mark.parametrize("named", [True, False])
+def test_other_data_under_the_same_name_are_another_run(
+    config, data, monkeypatch, tmp_path, trained, named
+):
+    monkeypatch.setattr(runs, "load_data", load_data)
+    fewer = {domain: own[2:] for domain, own in data.oodomain_val.items()}
+    place = tmp_path / "mine"
+    contents = {"all": data, "some": replace(data, oodomain_val=fewer)}
+    for name, content in contents.items():
+        write_folder(tmp_path / name / "qa", content)
+    one = replace(config, source=LOCAL if named else str(place / "qa"))
+
+    def answered(name):
+        if named:
+            monkeypatch.setenv(LOCAL, str(tmp_path / name))
+        else:
+            shutil.rmtree(place, ignore_errors=True)
+            shutil.copytree(tmp_path / name, place)
+        record = records.cached(run, one, profile="cpu", progress=False, device="cpu")
+        assert record == replace(quiet(one), profile="cpu")
+        assert record.metrics["data"] == runs.load_data(one.source).sha256[:16]
+        return len(record.metrics["items"]["out-of-domain F1"])
+
+    assert answered("all") == 18
+    assert answered("some") == 14
+    assert len(trained) == 4
+    assert answered("all") == 18
+    assert len(trained) == 4
+    assert trained_reader(one, progress=False, device="cpu")[2].oodomain_val == data.oodomain_val
+
+
+def test_other_weights_in_the_same_folder_are_another_run(config, tmp_path, trained):
+    place = tmp_path / "mine"
+    shutil.copytree(config.reader.encoder, place)
+    one = replace(config, reader=replace(config.reader, encoder=str(place)))
+    before = quiet(one)
+    first = weights_of(one)
+    assert len(trained) == 2
+    model = transformers.AutoModel.from_pretrained(place)
+    with torch.no_grad():
+        model.embeddings.word_embeddings.weight.mul_(3)
+    model.save_pretrained(place)
+    after = quiet(one)
+    assert len(trained) == 4
+    assert after.key == before.key
+    assert after.metrics["encoder"] != before.metrics["encoder"]
+    name = "encoder.embeddings.word_embeddings.weight"
+    assert weights_of(one)[name].abs().sum() > 2 * first[name].abs().sum()
+    shutil.rmtree(place)
+    shutil.copytree(config.reader.encoder, place)
+    assert quiet(one) == before
+    assert len(trained) == 4
+
+
+def test_a_run_on_what_comes_with_the_book_reads_no_folder(monkeypatch):
+    monkeypatch.setattr(runs, "load_data", None)
+    monkeypatch.delenv(LOCAL, raising=False)
+    assert all(one.inputs() == {} for one in grid("robust-qa", "smoke").values())
+    assert all(one.inputs() == {} for one in grid("robust-qa", "paper").values())
 
 
 def test_the_trained_reader_is_the_measured_one(config, data, trained):

@@ -21,7 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from feedforward.encoders import check_length, outline
+from feedforward.encoders import check_length, folder_sha256, outline
 from feedforward.files import DataError, atomic_write, cache_directory
 from feedforward.layers.cost import count
 from feedforward.layers.experts import collect_routing
@@ -135,6 +135,21 @@ class QuestionAnsweringConfig:
                 f"frozen_experts is set and a reader of the form {self.reader.form!r} has none"
             )
 
+    def inputs(self) -> dict[str, str]:
+        """Checksums of what the fields only name: data and an encoder in folders of one's own.
+
+        Runs on other files under the same names are other runs.
+
+        Raises:
+            DataError: When the data are missing or damaged.
+        """
+        found = {}
+        if self.source != "embedded" and not self.source.startswith("hub:"):
+            found["data"] = load_data(self.source).sha256
+        if weights := folder_sha256(self.reader.encoder):
+            found["encoder"] = weights
+        return found
+
 
 # --- one run ------------------------------------------------------------------------------------
 
@@ -154,7 +169,8 @@ def run(
         device: Where to run it.
 
     Returns:
-        The record. F1 and EM, in percent, are means over questions: ``in-domain F1``,
+        The record. ``data`` begins the checksum of the questions, ``encoder`` that of an encoder
+        from a folder. F1 and EM, in percent, are means over questions: ``in-domain F1``,
         ``out-of-domain EM`` and of each domain (``squad F1``); ``items`` has those of single
         questions. ``range of out-of-domain F1`` is over the repeated answers, whose mean the
         scores are. Of readers with experts: ``expert layers`` names the layers; ``load`` gives by
@@ -220,7 +236,7 @@ def trained_reader(
 
 
 def load_data(source: str) -> Questions:
-    """The questions of a source, kept for the next run of this process.
+    """The questions of a source, kept for the next run of this process while they are the same.
 
     Args:
         source: As ``load_questions`` takes it, or `LOCAL`.
@@ -229,7 +245,7 @@ def load_data(source: str) -> Questions:
         DataError: When they are missing or damaged.
     """
     if source != LOCAL:
-        return _load(source)
+        return _load(source, _stamps(source))
     given = os.environ.get(LOCAL)
     folder = Path(given or ".").expanduser() / "qa"
     if not given or not folder.is_dir():
@@ -239,12 +255,18 @@ def load_data(source: str) -> Questions:
             "folder that holds qa/indomain_train, qa/indomain_val, qa/oodomain_train and "
             "qa/oodomain_val with one SQuAD file a set; the profile smoke needs none."
         )
-    return _load(str(folder))
+    return _load(str(folder), _stamps(folder))
 
 
 @lru_cache(maxsize=1)
-def _load(source: str) -> Questions:
+def _load(source: str, stamps: tuple) -> Questions:
     return load_questions(source)
+
+
+def _stamps(source: str | Path) -> tuple:
+    """What changes with the files of a folder: their names, sizes and times."""
+    files = sorted(Path(source).expanduser().glob("*/*"))
+    return tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 def _scored(config: QuestionAnsweringConfig, data: Questions, split: str) -> tuple[Question, ...]:
@@ -268,6 +290,8 @@ def _measured(config, data, tokenizer, reader, logs, device) -> Record:
         tries.append(answer(reader, windows))
     outside = _mean_of([one.items for one in tries])
     metrics: dict[str, Any] = {"data": data.sha256[:16], "items": {}}
+    if weights := folder_sha256(config.reader.encoder):
+        metrics["encoder"] = weights[:16]
     for place, items in (("in-domain", inside.items), ("out-of-domain", outside)):
         for metric in ("f1", "em"):
             name = f"{place} {metric.upper()}"
@@ -401,6 +425,7 @@ class _Training:
         decisive["stages"] = plain["stages"][:stages]
         decisive["reader"] = plain["reader"] | {"seed": None}
         decisive["data"] = self.data.sha256
+        decisive["encoder"] = folder_sha256(self.config.reader.encoder)
         if any(stage.choice != "last" for stage in self.config.stages[:stages]):
             decisive |= {name: plain[name] for name in ("decoding", "batch")}
         if any(stage.choice == "reported" for stage in self.config.stages[:stages]):
