@@ -80,6 +80,8 @@ def test_run_takes_several_seeds_after_one_option(capsys):
         ("demo", "--seeds", 4, 5, "--variants", "moe", "dense", "--profile", "cpu"),
         ("--variants", "moe", "dense", "--seeds", 4, "--seeds", 5, "--profile", "cpu", "demo"),
         ("--seeds=4", "--seeds=5", "--variants", "moe", "--variants", "dense", "--", "demo"),
+        ("--seeds", 4, 5, "demo", "--variants", "moe", "dense", "--profile", "cpu"),
+        ("--seeds=4", 5, "--variants=moe", "dense", "demo"),
     ],
 )
 def test_list_options_in_every_form(capsys, arguments):

@@ -422,6 +422,27 @@ def test_run_directory_depends_on_code_and_configuration(library, monkeypatch):
     assert run_directory(slow_run, Demo()) == own
 
 
+def test_run_directory_depends_on_files_that_the_configuration_names():
+    read = {}
+
+    @dataclass(frozen=True)
+    class Reading(Demo):
+        def inputs(self):
+            return dict(read)
+
+    def folder(seed=0, **checksums):
+        read.clear()
+        read.update(checksums)
+        return run_directory(slow_run, Reading(seed=seed))
+
+    assert folder() == run_directory(slow_run, Demo())
+    folders = [folder(), folder(data="a"), folder(data="b"), folder(encoder="a"), folder(1)]
+    folders += [folder(data="a", encoder="a"), folder(1, data="a")]
+    assert len(set(folders)) == 7
+    assert folder(data="a") == folders[1]
+    assert config_key(Reading()) == config_key(Demo())  # what is recorded is found by it
+
+
 def test_records_do_not_change():
     with pytest.raises(dataclasses.FrozenInstanceError):
         record_of().seed = 3

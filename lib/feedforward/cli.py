@@ -39,7 +39,8 @@ STATUSES = ("recorded", "outdated", "not recorded")
 class ManyValues(TyperCommand):
     """A command whose list options take several values: ``--seeds 0 1 2``.
 
-    Typer's own form, ``--seeds 0 --seeds 1``, works as well.
+    Typer's own form, ``--seeds 0 --seeds 1``, works as well. The name of a part ends a list, so
+    that options may stand before it, as the usage has it.
     """
 
     def parse_args(self, ctx: typer.Context, args: list[str]) -> list[str]:
@@ -273,7 +274,10 @@ def _repeat_options(args: Iterable[str], lists: set[str]) -> Iterator[str]:
     current, first = None, False
     for arg in args:
         if arg.startswith("-"):
-            current, first = (arg if arg in lists else None), True
+            name, has_value, _ = arg.partition("=")
+            current, first = (name if name in lists else None), not has_value
+        elif arg in EXPERIMENTS and not first:
+            current = None
         elif current and not first:
             yield current
         else:

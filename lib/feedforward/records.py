@@ -384,12 +384,13 @@ def run_directory(run: Callable[..., Record], config: Config) -> Path:
     """The folder in the cache for the checkpoints and weights of one run of `config`.
 
     It changes with the code that the run stands on: a run never continues from a checkpoint that
-    other code wrote. A configuration that names data without holding them, as those of the reader,
-    says by a method ``data_key`` which they are now, and the folder changes with them, too.
+    other code wrote. It changes also with files of the reader's own, which a configuration only
+    names: one that may name some has a method ``inputs()``, which gives their checksums by name.
     """
-    data = config.data_key() if hasattr(config, "data_key") else None
-    name = "-".join(part for part in (config_key(config), data, _run_fingerprint(run)) if part)
-    return cache_directory("runs", config.experiment, name)
+    key = config_key(config)
+    if inputs := getattr(config, "inputs", dict)():
+        key = config_key({"key": key, "inputs": inputs}, config.experiment)
+    return cache_directory("runs", config.experiment, f"{key}-{_run_fingerprint(run)}")
 
 
 def describe_device(device: Any = "cpu") -> str:

@@ -84,6 +84,7 @@ def test_the_engine_sees_names_in_whole_sentences(cache):
         lambda s: s.replace("Xaxa", "Xaxa Xaxa"),
         lambda s: s.replace("Xaxa", "Q").replace("Xbxb", "Xaxa").replace("Q", "Xbxb"),
         lambda s: "",
+        lambda s: "... Xaxa - Xbxb." if "Xbxb" in s else s,
     ],
 )
 def test_a_lost_name_brings_the_sentence_back(change, cache):
@@ -189,6 +190,29 @@ def test_a_damaged_cache_is_named(cache):
     cache.path.write_bytes(b"no data base" * 100)
     with pytest.raises(EngineError, match=r"cache\.sqlite cannot be used .* delete the file"):
         run(str.upper, cache)
+
+
+def test_a_cache_that_another_process_writes_is_not_to_be_deleted(cache, monkeypatch):
+    run(str.upper, cache)
+    real = sqlite3.connect
+    monkeypatch.setattr(sqlite3, "connect", lambda path, timeout: real(path, timeout=0.01))
+    with closing(real(cache.path)) as other:
+        other.execute("BEGIN EXCLUSIVE")
+        with pytest.raises(EngineError, match="another process is writing to it") as caught:
+            run(str.lower, cache)
+    assert "delete" not in str(caught.value)
+    assert run(str.upper, cache).text.text
+
+
+@pytest.mark.parametrize("place", ["folder", "file/cache.sqlite"])
+def test_a_cache_that_cannot_be_opened_is_not_to_be_deleted(place, tmp_path):
+    (tmp_path / "folder").mkdir()
+    (tmp_path / "file").write_text("")
+    cache = TranslationCache(tmp_path / place)
+    with pytest.raises(EngineError, match="may read and write, or set FEEDFORWARD_CACHE") as caught:
+        run(str.upper, cache)
+    assert str(cache.path) in str(caught.value)
+    assert "delete" not in str(caught.value)
 
 
 def test_a_round_trip_is_there_and_back():

@@ -93,6 +93,14 @@ def test_what_is_lost_is_said_and_never_wrong():
 def test_unchanged_copies_are_counted():
     made = augment_questions([question()], lambda text, rng: text, copies=2, seed=0)
     assert (made.report.unchanged, made.report.changed) == (2, 0.0)
+    wide = question(context=CONTEXT.replace("on the", "on\n  the"), starts=((4, 11),))
+
+    def narrow(text, rng):
+        return ProtectedText(" ".join(text.text.split()), text.spans)
+
+    made = augment_questions([wide], narrow, copies=2, seed=0)
+    assert made.questions[0].context == CONTEXT != wide.context
+    assert (made.report.unchanged, made.report.changed) == (2, 0.0)
 
 
 def test_an_augmenter_of_many_is_asked_once():

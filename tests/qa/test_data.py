@@ -78,6 +78,16 @@ def test_questions_without_known_answers_are_kept(tmp_path):
     assert load_squad(write(tmp_path / "test.json", content))[0].answers == ()
 
 
+def test_an_id_that_cannot_be_written_down_is_refused_with_file_and_id_or_reported(file):
+    path = file(GOOD, ("q\ud83d", "Who?", [("Ada", 0)]))
+    with pytest.raises(DataError, match=r"demo\.json, question 'q\\ud83d': the id holds half a"):
+        load_squad(path)
+    report = []
+    assert [q.id for q in load_squad(path, report=report)] == ["q1"]
+    assert [(problem.source, problem.id) for problem in report] == [(str(path), "q\ud83d")]
+    assert str(report[0]).encode()
+
+
 @pytest.mark.parametrize(
     ("question", "message"),
     [
@@ -271,6 +281,9 @@ def test_the_readers_own_data_come_first(tmp_path, folder, monkeypatch):
     folder.rename(tmp_path / "qa")
     assert data.default_source() == str(tmp_path / "qa")
     assert load_questions().source == str(tmp_path / "qa")
+    monkeypatch.setenv("HOME", str(tmp_path.parent))
+    monkeypatch.setenv("FEEDFORWARD_DATA", f"~/{tmp_path.name}")
+    assert data.default_source() == str(tmp_path / "qa")
     monkeypatch.delenv("FEEDFORWARD_DATA")
     assert data.default_source() == "embedded"
 

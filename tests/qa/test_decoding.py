@@ -88,6 +88,22 @@ def test_the_n_best_are_those_of_an_exhaustive_search(features, n_best, min_toke
         assert [span.score for span in found[number]] == pytest.approx(expected, abs=1e-5)
 
 
+@pytest.mark.parametrize("normalize", [True, False])
+@pytest.mark.parametrize("steps", [0, 2, 100])
+def test_of_equal_scores_the_first_span_and_then_the_shortest_comes_first(
+    features, steps, normalize
+):
+    # few different values, as of bfloat16, make many ties; 0: all are equal
+    start, end = np.round(steps * logits(features, scale=0.3)) / max(1, steps)
+    options = {"normalize": normalize, "max_tokens": 8}
+    many = decode(features, start, end, n_best=20, **options)
+    assert decode(features, start, end, n_best=1, **options) == [spans[:1] for spans in many]
+    assert decode(features, start, end, n_best=7, **options) == [spans[:7] for spans in many]
+    for spans in many:
+        order = [(-span.score, span.start, span.end) for span in spans]
+        assert order == sorted(order)
+
+
 @pytest.mark.parametrize("seed", range(3))
 @pytest.mark.parametrize("max_tokens", [15, 30])
 def test_agrees_with_the_pipeline_of_transformers(features, seed, max_tokens):
@@ -249,6 +265,13 @@ def test_logits_that_do_not_fit_are_told(features):
     broken[7, features.lead[7]] = np.nan
     with pytest.raises(ValueError, match="logits of window 7 are not finite"):
         decode(features, start, broken)
+    for value in (np.nan, np.inf, -np.inf):
+        broken = end.copy()
+        broken[7, 0] = value  # of the [CLS], which counts in the softmax alone
+        with pytest.raises(ValueError, match="logits of window 7 are not finite"):
+            decode(features, start, broken)
+        raw = decode(features, start, end, normalize=False)
+        assert decode(features, start, broken, normalize=False) == raw
 
 
 def test_bad_options_are_told(features, wordpiece):

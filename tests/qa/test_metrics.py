@@ -109,6 +109,13 @@ def test_hand_made_cases(prediction, golds, expected):
     assert (f1(prediction, golds), exact_match(prediction, golds)) == pytest.approx(expected)
 
 
+@pytest.mark.parametrize("compare", [f1, exact_match])
+def test_nothing_to_compare_with_is_told(compare):
+    with pytest.raises(ValueError, match="golds is empty: there is no accepted answer"):
+        compare("Orange", [])
+    assert compare("Orange", iter(["Lyon", "Orange"])) == 1
+
+
 def test_normalising_twice_changes_nothing_more_on_words():
     assert normalize_answer("  An  Answer, the\r\nbest.") == "answer best"
     assert normalize_answer("answer best") == "answer best"

@@ -258,7 +258,7 @@ def test_other_data_in_the_readers_folder_are_another_run(given, tmp_path, monke
         assert run(config, **options).metrics == record.metrics
         frames.append(record.metrics["frames"])
         losses.append(record.metrics["last loss"])
-        keys.append(config.data_key())
+        keys.append(config.inputs())
     assert frames == [24, 48]
     assert losses[0] != losses[1]
     monkeypatch.setenv(LOCAL, str(tmp_path / "one"))
@@ -269,8 +269,8 @@ def test_other_data_in_the_readers_folder_are_another_run(given, tmp_path, monke
     shutil.rmtree(tmp_path / "one")
     folder_of(tmp_path / "one" / "robot", given[2:])
     assert run(there, **options).metrics["last loss"] != first
-    assert there.data_key() not in keys
-    assert CONFIG.data_key() is None
+    assert there.inputs() not in keys
+    assert CONFIG.inputs() == {}
     with pytest.raises(DataError, match="is no data set"):
         run(replace(config, source=str(tmp_path / "none")), **options)
 

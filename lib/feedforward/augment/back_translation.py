@@ -215,6 +215,24 @@ class NlpaugTranslation:
 
 # --- the cache -----------------------------------------------------------------------------------
 
+_WAIT = "another process is writing to it: run again when that has ended; nothing is lost"
+_REACH = (
+    "make it a file that this process may read and write, or set FEEDFORWARD_CACHE to a folder "
+    "where it may"
+)
+_SPACE = "make room on its disk and run again; nothing is lost"
+# by the primary codes of SQLite's errors; the others mean a damaged file
+_CURES = {
+    sqlite3.SQLITE_BUSY: _WAIT,
+    sqlite3.SQLITE_LOCKED: _WAIT,
+    sqlite3.SQLITE_PERM: _REACH,
+    sqlite3.SQLITE_READONLY: _REACH,
+    sqlite3.SQLITE_CANTOPEN: _REACH,
+    sqlite3.SQLITE_AUTH: _REACH,
+    sqlite3.SQLITE_IOERR: f"reading or writing failed: {_REACH}",
+    sqlite3.SQLITE_FULL: _SPACE,
+}
+
 
 class TranslationCache:
     """Translations on disk, by engine and sentence: what was done once is never done again.
@@ -234,19 +252,26 @@ class TranslationCache:
 
         Raises:
             EngineError: The engine failed or gave another number of sentences, or the file of
-                the cache is damaged.
+                the cache is damaged, in use by another process or out of reach.
         """
         try:
             with closing(self._open()) as connection:
                 return self._translate(connection, engine, sentences)
         except sqlite3.DatabaseError as error:
+            # what is stored may have taken hours: delete it only where it is lost
+            cure = _CURES.get(getattr(error, "sqlite_errorcode", 0) & 0xFF)
             raise EngineError(
                 f"the stored translations {self.path} cannot be used ({error}); "
-                "delete the file, it can be made again"
+                f"{cure or 'delete the file, it can be made again'}"
             ) from error
 
     def _open(self) -> sqlite3.Connection:
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            self.path.parent.mkdir(parents=True, exist_ok=True)
+        except OSError as error:
+            raise EngineError(
+                f"the stored translations {self.path} cannot be used ({error}); {_REACH}"
+            ) from error
         connection = sqlite3.connect(self.path, timeout=60)
         connection.execute(
             "CREATE TABLE IF NOT EXISTS sentences "
@@ -303,8 +328,8 @@ class BackTranslation:
     """Sentences there and back again, with the protected spans as they were.
 
     In the place of each protected word stands a made-up name (``Xaxa``, ``Xbxb``, ...). A sentence
-    that comes back without one of them, with one twice, or with two in another order, or empty, is
-    replaced by the original: its answers are counted as repaired. None is ever lost.
+    that comes back without one of them, with one twice, or with two in another order, or empty but
+    for them, is replaced by the original: its answers are counted as repaired. None is ever lost.
 
     The engine decides; randomness only chooses among several engines and, with `share` below 1,
     which sentences travel. So copies differ only then.
@@ -407,7 +432,9 @@ class _Part:
     blocks: tuple[Span, ...]
 
     def unmask(self, translated: str) -> list[Edit] | None:
-        """The edits that put the translation around the blocks; None if a name was lost."""
+        """The edits that put the translation around the blocks; None if some of it was lost."""
+        if self.names and not re.search(r"[^\W_]", re.sub("|".join(self.names), "", translated)):
+            return None
         rest, pieces = " ".join(translated.split()), []
         for name in self.names:
             found = re.split(rf"(?<!\w){name}(?!\w)", rest)

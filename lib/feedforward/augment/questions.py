@@ -28,7 +28,8 @@ class Report:
         repaired: Answers whose surroundings were put back as they were, since they were lost on
             the way; they stand exact too.
         lost: Answers that are not in the new context. A copy that lost all is not made.
-        unchanged: Copies whose context is that of the question.
+        unchanged: Copies whose context has the words of the question's, in their order: a reader
+            learns nothing new from other white space, which a translator makes single spaces.
         changed: Mean share of the words of a context that differ, from 0 (the same) to 1: the
             edit distance in words over the length of the longer context.
         not_made: Ids of the copies that are missing because no answer was left.

@@ -1,6 +1,7 @@
 """What runs of readers cost before they are made: parameters, steps, FLOPs and memory.
 
-Parameters are counted. Steps are given, or at least as many as one window a question makes; FLOPs
+Parameters are counted, those of an encoder in its module, made without weights from its
+configuration. Steps are given, or at least as many as one window a question makes; FLOPs
 are those of windows of full length. Memory is an estimate, and says from what.
 """
 
@@ -8,10 +9,12 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import lru_cache
 
-from feedforward.layers.cost import PAPER_SHAPES, TransformerShape, breakdown, count
+from feedforward.encoders import outline
+from feedforward.layers.cost import count
 from feedforward.profiles import Plan
-from feedforward.qa.model import ReaderConfig, load_encoder
+from feedforward.qa.model import ReaderConfig, repeated_flops, switched_layers
 from feedforward.qa.runs import EXPERIMENT, QuestionAnsweringConfig
+from feedforward.surgery.operations import choose
 
 
 @dataclass(frozen=True)
@@ -33,28 +36,7 @@ class ReaderCost:
     layers: int
 
 
-@lru_cache(maxsize=8)
-def encoder_shape(encoder: str) -> TransformerShape:
-    """The sizes of an encoder: DistilBERT's are known, any other one is loaded and asked.
-
-    Args:
-        encoder: As in ``ReaderConfig``.
-
-    Raises:
-        MissingEncoder: When it cannot be loaded.
-    """
-    if encoder == "distilbert-base-uncased":
-        return PAPER_SHAPES["distilbert"]
-    found = load_encoder(encoder).config
-    return TransformerShape(
-        width=found.hidden_size,
-        layers=found.num_hidden_layers,
-        heads=found.num_attention_heads,
-        hidden=getattr(found, "intermediate_size", None) or found.hidden_dim,
-        vocabulary=found.vocab_size,
-        positions=found.max_position_embeddings + getattr(found, "type_vocab_size", 0),
-        logits=None,
-    )
+_outline = lru_cache(maxsize=8)(outline)
 
 
 def reader_cost(config: ReaderConfig, length: int) -> ReaderCost:
@@ -66,12 +48,15 @@ def reader_cost(config: ReaderConfig, length: int) -> ReaderCost:
 
     Raises:
         MissingEncoder: When its encoder cannot be loaded.
+        ValueError: When it does not fit its encoder, as ``build_reader`` says.
     """
-    shape = encoder_shape(config.encoder)
-    whole = count(shape, context=length)
-    d, hidden, experts = shape.width, config.hidden or 4 * shape.width, config.experts
-    parameters, active, flops = whole.parameters, whole.active_parameters, whole.flops
-    layers, ends = shape.layers, 2 * d + 2
+    encoder = _outline(config.encoder)
+    whole = count(encoder, context=length)
+    d = encoder.config.hidden_size
+    hidden, experts = config.hidden or 4 * d, config.experts
+    parameters, active = whole.parameters, whole.active_parameters
+    flops = whole.flops + repeated_flops(encoder)
+    layers, ends = encoder.config.num_hidden_layers, 2 * d + 2
     if config.form == "mixture":
         gate = experts * d * experts
         total = experts * (parameters + ends) + gate
@@ -89,11 +74,11 @@ def reader_cost(config: ReaderConfig, length: int) -> ReaderCost:
             parameters += used
         active, flops = active + used, flops + 2 * used
     elif config.form == "switch":
-        ffn = breakdown(shape)["ffn"].parameters // layers
-        count_ = len(config.layers) if config.layers else layers - 2 * (layers // 4)
-        gate = experts * d
-        parameters += count_ * ((experts - 1) * ffn + gate)
-        active, flops = active + count_ * gate, flops + 2 * count_ * gate
+        ffns = choose(encoder, switched_layers(encoder, config))
+        maps = [p for ffn in ffns for linear in ffn.linears for p in linear.parameters()]
+        gates = len(ffns) * experts * d
+        parameters += (experts - 1) * sum(p.numel() for p in maps) + gates
+        active, flops = active + gates, flops + 2 * gates
     elif config.form == "stacked":
         attention, gate = 4 * d * d + 4 * d, experts * d
         expert = 2 * d * hidden + d + hidden

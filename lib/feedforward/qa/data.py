@@ -206,7 +206,7 @@ def default_source() -> str:
     Looked for in ``$FEEDFORWARD_DATA/qa``.
     """
     if given := os.environ.get("FEEDFORWARD_DATA"):
-        folder = Path(given) / "qa"
+        folder = Path(given).expanduser() / "qa"
         if folder.is_dir():
             return str(folder)
     return "embedded"

@@ -41,10 +41,12 @@ def decode(
     """The best spans of each question over all its windows, the best first.
 
     All spans of allowed length are compared, exactly; a span that several windows hold counts once,
-    with its best score. The released code takes ``min_tokens=2``: it refuses spans whose end is not
-    behind their start, so that it never answers with one token; and ``normalize=False``.
-    Explained in ``book/robust-qa/01-task-and-gap``, the cost of that rule in
-    ``book/robust-qa/04-audit``.
+    with its best score. Of equal scores the span that begins first comes first, then the shorter
+    one, whatever `n_best` is.
+
+    The released code takes ``min_tokens=2``: it refuses spans whose end is not behind their start,
+    so that it never answers with one token; and ``normalize=False``. Explained in
+    ``book/robust-qa/01-task-and-gap``, the cost of that rule in ``book/robust-qa/04-audit``.
 
     Args:
         features: W windows, with those that hold no answer.
@@ -64,8 +66,8 @@ def decode(
         One tuple a question, in their order; empty where no span is allowed.
 
     Raises:
-        ValueError: When the logits do not fit the windows or are not finite, a question has no
-            window, or an option is out of range.
+        ValueError: When the logits do not fit the windows or are not finite (those of the [CLS]
+            where they count), a question has no window, or an option is out of range.
     """
     if n_best < 1 or not 1 <= min_tokens <= max_tokens:
         raise ValueError(
@@ -215,15 +217,19 @@ def _of_context(
     """The logits, or log probabilities, of the windows' stretches, flush left, else -inf."""
     places = np.minimum(lead[:, None] + np.arange(inside.shape[1]), logits.shape[1] - 1)
     values = logits[windows[:, None], places]
-    if not np.isfinite(values[inside]).all():
-        window = windows[int(np.argmin((np.isfinite(values) | ~inside).all(1)))]
+    cls = logits[windows, :1]
+    finite = (np.isfinite(values) | ~inside).all(1)
+    if normalize:
+        finite &= np.isfinite(cls[:, 0])
+    if not finite.all():
+        window = windows[int(np.argmin(finite))]
         raise ValueError(
             f"the logits of window {window} are not finite; the reader has diverged, or its "
             "numbers overflow in this precision"
         )
     values = np.where(inside, values, -np.inf)
     if normalize:
-        all_values = np.concatenate([values, logits[windows, :1]], axis=1)
+        all_values = np.concatenate([values, cls], axis=1)
         highest = all_values.max(1, keepdims=True)
         total = np.exp(all_values - highest).sum(1, keepdims=True)
         values = values - (highest + np.log(total))
@@ -231,12 +237,19 @@ def _of_context(
 
 
 def _top(values: np.ndarray, count: int) -> np.ndarray:
-    """The places of the `count` highest values of each row, in any order; (rows, <= count)."""
+    """The places of the `count` highest values of each row, from left to right; (rows, <= count).
+
+    Of equal values those further left, so that one answer and the first of several are the same.
+    """
     if count == 1:
         return values.argmax(1)[:, None]
     if count >= values.shape[1]:
         return np.broadcast_to(np.arange(values.shape[1]), values.shape)
-    return np.argpartition(values, -count, axis=1)[:, -count:]
+    least = np.partition(values, -count, axis=1)[:, -count, None]
+    above, equal = values > least, values == least
+    wanted = count - above.sum(1, keepdims=True)
+    chosen = above | (equal & (equal.cumsum(1, dtype=np.int32) <= wanted))
+    return np.nonzero(chosen)[1].reshape(-1, count)
 
 
 def _span(context: str, start: int, end: int, score: float) -> Span:

@@ -8,11 +8,12 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from feedforward.encoders import check_length
 from feedforward.layers.experts import MoE, collect_routing
 from feedforward.qa.decoding import best_answers, read
 from feedforward.qa.features import Features, prepare
 from feedforward.qa.metrics import ItemScores, item_scores
-from feedforward.qa.model import ReaderMixture, ReaderOutput
+from feedforward.qa.model import ReaderMixture, ReaderOutput, encoders_of
 from feedforward.qa.schema import Question
 from feedforward.training import bf16_products
 
@@ -119,11 +120,6 @@ class Measured:
     items: ItemScores
     usage: Mapping[str, Sequence[Usage]]
 
-    @property
-    def pooled_usage(self) -> list[Usage]:
-        """Of each layer, over all domains."""
-        return pool(self.usage.values())
-
 
 def pool(usages: Iterable[Sequence[Usage]]) -> list[Usage]:
     """Sum, layer by layer."""
@@ -226,7 +222,13 @@ def measure(
         batch: Windows at a time.
         bf16: Compute under autocast.
         padded: Length and token to pad windows with; None: to the longest of a batch.
+
+    Raises:
+        ValueError: When a window is longer than the reader's encoder reads.
     """
+    longest = [0 if padded is None else padded[0]]
+    longest += [int(own.lengths.max(initial=0)) for own in features.values()]
+    check_windows(reader, max(longest))
     predictions: dict[str, str] = {}
     usage = {}
     for domain, own in features.items():
@@ -237,6 +239,21 @@ def measure(
         usage[domain] = watched.usage
     asked = [question for own in features.values() for question in own.questions]
     return Measured(item_scores(predictions, asked), usage)
+
+
+def check_windows(reader: nn.Module, tokens: int) -> None:
+    """Refuse windows that are longer than a reader's encoder reads.
+
+    Args:
+        reader: From ``build_reader``.
+        tokens: Of the longest window.
+
+    Raises:
+        ValueError: When it is longer than that.
+    """
+    for encoder in encoders_of(reader):
+        cure = "make windows of no more by the length of prepare or by_domain"
+        check_length(encoder, tokens, "the longest window", cure)
 
 
 def expert_layers(reader: nn.Module) -> tuple[str, ...]:

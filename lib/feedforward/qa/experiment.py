@@ -8,8 +8,8 @@ is compared is what is seen, not how much. The chapters of ``book/robust-qa`` ex
 
 At the profile ``cpu`` the in-domain sets are sampled, for training and for scoring, so that the
 arms with three seeds fit in a few hours: as many questions of each set, one of every passage before
-a second one of any, chosen by a hash of the texts. So every arm and seed sees the same questions,
-and scores the same. The out-of-domain questions are all used.
+a second one of any, chosen by a hash of ids and passages. So every arm and seed sees the same
+questions, and scores the same. The out-of-domain questions are all used.
 """
 
 from collections.abc import Mapping

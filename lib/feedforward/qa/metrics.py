@@ -29,8 +29,12 @@ def normalize_answer(text: str) -> str:
 
 
 def exact_match(prediction: str, golds: Iterable[str]) -> bool:
-    """Whether a prediction equals one of the accepted answers, both normalised."""
-    return normalize_answer(prediction) in {normalize_answer(gold) for gold in golds}
+    """Whether a prediction equals one of the accepted answers, both normalised.
+
+    Raises:
+        ValueError: When there is no accepted answer.
+    """
+    return normalize_answer(prediction) in {normalize_answer(gold) for gold in _some(golds)}
 
 
 def f1(prediction: str, golds: Iterable[str]) -> float:
@@ -39,11 +43,24 @@ def f1(prediction: str, golds: Iterable[str]) -> float:
     Where one side has no word left after normalisation, it is 1 if the other has none either and
     else 0, as in the script of SQuAD 2.0.
 
+    Raises:
+        ValueError: When there is no accepted answer.
+
     >>> f1("in the town of Orange", ["Orange"])
     0.4
     """
     predicted = normalize_answer(prediction).split()
-    return max(_f1(predicted, normalize_answer(gold).split()) for gold in golds)
+    return max(_f1(predicted, normalize_answer(gold).split()) for gold in _some(golds))
+
+
+def _some(golds: Iterable[str]) -> list[str]:
+    golds = list(golds)
+    if not golds:
+        raise ValueError(
+            "golds is empty: there is no accepted answer to compare with; give at least one, and "
+            "'' for a question that is rightly left unanswered"
+        )
+    return golds
 
 
 def _f1(predicted: list[str], gold: list[str]) -> float:

@@ -7,7 +7,7 @@ except where a defect of the released code is switched on to see what it costs.
 
 import copy
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import TYPE_CHECKING, Literal, get_args
@@ -20,6 +20,7 @@ from feedforward.encoders import EMBEDDED, load_encoder
 from feedforward.encoders import MINILM as MINILM
 from feedforward.encoders import MissingEncoder as MissingEncoder
 from feedforward.encoders import load_tokenizer as load_tokenizer
+from feedforward.layers.cost import count
 from feedforward.layers.experts import MoE
 from feedforward.layers.routing import Routing, SwitchRouter, TopKRouter
 from feedforward.surgery import find_ffns, upcycle
@@ -370,7 +371,7 @@ def build_reader(config: ReaderConfig) -> nn.Module:
     Raises:
         MissingEncoder: When the encoder cannot be loaded.
         ValueError: When the configuration does not fit the encoder: layers that it does not have,
-            heads that do not divide its width.
+            or whose weights several layers share; heads that do not divide its width.
     """
     encoder = load_encoder(config.encoder)
     dim = encoder.config.hidden_size
@@ -390,12 +391,29 @@ def build_reader(config: ReaderConfig) -> nn.Module:
         ).eval()
 
 
+def switched_layers(encoder: nn.Module, config: ReaderConfig) -> Sequence[int]:
+    """The numbers of the FFNs that become switch layers.
+
+    Args:
+        encoder: Before they do.
+        config: Which ones; by default all but a quarter of them at each end.
+
+    Raises:
+        ValueError: When several layers of the encoder share the weights of an FFN, as ALBERT's do.
+    """
+    number, layers = len(find_ffns(encoder)), encoder.config.num_hidden_layers
+    if 0 < number < layers:
+        raise ValueError(
+            f"form is 'switch', and the {layers} layers of {type(encoder).__name__} share the "
+            f"weights of {number} FFN: a router would be that of all of them at once. Choose "
+            "another form, such as 'moe-head', or an encoder whose layers have weights of their own"
+        )
+    return range(number // 4, number - number // 4) if config.layers is None else config.layers
+
+
 def _switch(encoder: "PreTrainedModel", config: ReaderConfig) -> None:
     """Make switch layers of chosen FFNs, in place."""
-    layers = config.layers
-    if layers is None:
-        count = len(find_ffns(encoder))
-        layers = range(count // 4, count - count // 4)
+    layers = switched_layers(encoder, config)
     # preserve: a switch weights its expert by about 1 / E, which would undo the pretraining
     upcycle(
         encoder,
@@ -440,6 +458,21 @@ def _head(config: ReaderConfig, dim: int) -> nn.Module | None:
                 for weight in (moe.w_in, moe.b_in, moe.w_out, moe.b_out):
                     weight.copy_(weight[:1].expand_as(weight))
     return _Stack(blocks, dim)
+
+
+def repeated_flops(encoder: nn.Module) -> int:
+    """FLOPs a token of layers that run again with the same weights, as ALBERT's do.
+
+    ``feedforward.count`` sees a module that is called several times once.
+    """
+    groups = getattr(getattr(encoder, "encoder", None), "albert_layer_groups", ())
+    again = encoder.config.num_hidden_layers - len(groups)
+    return again * sum(count(group).flops for group in groups) // max(1, len(groups))
+
+
+def encoders_of(reader: nn.Module) -> list[nn.Module]:
+    """The encoder of a reader, or all of a mixture's; any other model is its own."""
+    return [getattr(one, "encoder", one) for one in getattr(reader, "readers", [reader])]
 
 
 def _mixtures(model: nn.Module) -> Iterator[MoE]:

@@ -21,6 +21,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from feedforward.encoders import check_length, folder_sha256, outline
 from feedforward.files import DataError, atomic_write, cache_directory
 from feedforward.layers.cost import count
 from feedforward.layers.experts import collect_routing
@@ -32,6 +33,7 @@ from feedforward.qa.evaluation import (
     Measured,
     Usage,
     by_domain,
+    check_windows,
     chosen_by_half,
     expert_layers,
     measure,
@@ -44,7 +46,9 @@ from feedforward.qa.model import (
     ReaderConfig,
     ReaderMixture,
     build_reader,
+    encoders_of,
     load_tokenizer,
+    repeated_flops,
 )
 from feedforward.qa.schema import Question
 from feedforward.qa.stages import Stage, expert_parameters, stage_questions, subsample
@@ -131,6 +135,21 @@ class QuestionAnsweringConfig:
                 f"frozen_experts is set and a reader of the form {self.reader.form!r} has none"
             )
 
+    def inputs(self) -> dict[str, str]:
+        """Checksums of what the fields only name: data and an encoder in folders of one's own.
+
+        Runs on other files under the same names are other runs.
+
+        Raises:
+            DataError: When the data are missing or damaged.
+        """
+        found = {}
+        if self.source != "embedded" and not self.source.startswith("hub:"):
+            found["data"] = load_data(self.source).sha256
+        if weights := folder_sha256(self.reader.encoder):
+            found["encoder"] = weights
+        return found
+
 
 # --- one run ------------------------------------------------------------------------------------
 
@@ -150,7 +169,8 @@ def run(
         device: Where to run it.
 
     Returns:
-        The record. F1 and EM, in percent, are means over questions: ``in-domain F1``,
+        The record. ``data`` begins the checksum of the questions, ``encoder`` that of an encoder
+        from a folder. F1 and EM, in percent, are means over questions: ``in-domain F1``,
         ``out-of-domain EM`` and of each domain (``squad F1``); ``items`` has those of single
         questions. ``range of out-of-domain F1`` is over the repeated answers, whose mean the
         scores are. Of readers with experts: ``expert layers`` names the layers; ``load`` gives by
@@ -166,7 +186,7 @@ def run(
         DataError: When the questions are missing or damaged.
         MissingEncoder: When the encoder cannot be loaded.
         TrainingError: When the loss is no longer finite.
-        ValueError: When several processes run it.
+        ValueError: When several processes run it, or its windows are longer than the encoder reads.
     """
     if int(os.environ.get("WORLD_SIZE", "1")) > 1:
         raise ValueError(
@@ -181,6 +201,12 @@ def run(
             return Record.load(folder / "record.json")
         except (FileNotFoundError, RecordError):
             pass
+        check_length(
+            outline(config.reader.encoder),
+            config.length,
+            "a window of this run",
+            "set its length to no more",
+        )
         data, tokenizer = load_data(config.source), load_tokenizer(config.reader.encoder)
         reader, logs = _Training(config, data, tokenizer, progress, device).after()
         record = _measured(config, data, tokenizer, reader.to(device), logs, device)
@@ -210,7 +236,7 @@ def trained_reader(
 
 
 def load_data(source: str) -> Questions:
-    """The questions of a source, kept for the next run of this process.
+    """The questions of a source, kept for the next run of this process while they are the same.
 
     Args:
         source: As ``load_questions`` takes it, or `LOCAL`.
@@ -219,7 +245,7 @@ def load_data(source: str) -> Questions:
         DataError: When they are missing or damaged.
     """
     if source != LOCAL:
-        return _load(source)
+        return _load(source, _stamps(source))
     given = os.environ.get(LOCAL)
     folder = Path(given or ".").expanduser() / "qa"
     if not given or not folder.is_dir():
@@ -229,12 +255,18 @@ def load_data(source: str) -> Questions:
             "folder that holds qa/indomain_train, qa/indomain_val, qa/oodomain_train and "
             "qa/oodomain_val with one SQuAD file a set; the profile smoke needs none."
         )
-    return _load(str(folder))
+    return _load(str(folder), _stamps(folder))
 
 
 @lru_cache(maxsize=1)
-def _load(source: str) -> Questions:
+def _load(source: str, stamps: tuple) -> Questions:
     return load_questions(source)
+
+
+def _stamps(source: str | Path) -> tuple:
+    """What changes with the files of a folder: their names, sizes and times."""
+    files = sorted(Path(source).expanduser().glob("*/*"))
+    return tuple((file, file.stat().st_size, file.stat().st_mtime_ns) for file in files)
 
 
 def _scored(config: QuestionAnsweringConfig, data: Questions, split: str) -> tuple[Question, ...]:
@@ -248,6 +280,8 @@ def _measured(config, data, tokenizer, reader, logs, device) -> Record:
     """Answer the questions that are reported, and put everything into a record."""
     started = time.perf_counter()
     answer = _answering(config, tokenizer, device)
+    # of readers that answer at random: the same numbers whether training ran just now or not
+    seed_everything(0)
     inside = answer(reader, by_domain_of(config, _scored(config, data, "indomain_val"), tokenizer))
     windows = by_domain_of(config, _scored(config, data, "oodomain_val"), tokenizer)
     tries = []
@@ -256,6 +290,8 @@ def _measured(config, data, tokenizer, reader, logs, device) -> Record:
         tries.append(answer(reader, windows))
     outside = _mean_of([one.items for one in tries])
     metrics: dict[str, Any] = {"data": data.sha256[:16], "items": {}}
+    if weights := folder_sha256(config.reader.encoder):
+        metrics["encoder"] = weights[:16]
     for place, items in (("in-domain", inside.items), ("out-of-domain", outside)):
         for metric in ("f1", "em"):
             name = f"{place} {metric.upper()}"
@@ -353,8 +389,9 @@ def _usage(config, layers: Sequence[str], inside: Measured, tries: Sequence[Meas
 
 def _costs(reader: nn.Module, logs: Sequence[Mapping[str, Any]]) -> dict[str, Any]:
     cost = count(reader)
-    encoders = _encoders(reader)
+    encoders = encoders_of(reader)
     tokens, pairs = (sum(log[name] for log in logs) for name in ("tokens", "token pairs"))
+    again = sum(map(repeated_flops, encoders))
     attention = sum(
         12 * encoder.config.num_hidden_layers * encoder.config.hidden_size for encoder in encoders
     )
@@ -362,7 +399,7 @@ def _costs(reader: nn.Module, logs: Sequence[Mapping[str, Any]]) -> dict[str, An
     return {
         "parameters": cost.parameters,
         "active parameters": cost.active_parameters,
-        "training FLOPs": cost.training_flops * tokens + attention * pairs,
+        "training FLOPs": (cost.training_flops + 3 * again) * tokens + attention * pairs,
         "training seconds": sum(log["seconds"] for log in logs),
         "stages": [{name: log[name] for name in kept if name in log} for log in logs],
     }
@@ -388,6 +425,7 @@ class _Training:
         decisive["stages"] = plain["stages"][:stages]
         decisive["reader"] = plain["reader"] | {"seed": None}
         decisive["data"] = self.data.sha256
+        decisive["encoder"] = folder_sha256(self.config.reader.encoder)
         if any(stage.choice != "last" for stage in self.config.stages[:stages]):
             decisive |= {name: plain[name] for name in ("decoding", "batch")}
         if any(stage.choice == "reported" for stage in self.config.stages[:stages]):
@@ -444,7 +482,7 @@ class _Training:
             training = replace(training, steps=stage.epochs * originals.steps_per_epoch)
         # on a processor PyTorch's fused kernel takes half again as long to train in bfloat16
         # (256 tokens, measured with 2.13), and half as long to answer
-        fused = _encoders(reader)[0].config._attn_implementation
+        fused = encoders_of(reader)[0].config._attn_implementation
         quick = "eager" if self.device.type == "cpu" else fused
         chooser = None
         if stage.choice != "last":
@@ -557,21 +595,17 @@ def make_reader(config: QuestionAnsweringConfig) -> nn.Module:
     """The untrained reader of a run, in evaluation mode."""
     reader = build_reader(replace(config.reader, seed=config.seed))
     if config.dropout is not None:
-        for encoder in _encoders(reader):
+        for encoder in encoders_of(reader):
             for module in encoder.modules():
                 if isinstance(module, nn.Dropout):
                     module.p = config.dropout
     return reader
 
 
-def _encoders(reader: nn.Module) -> list[nn.Module]:
-    return [one.encoder for one in getattr(reader, "readers", [reader])]
-
-
 @contextlib.contextmanager
 def _attention(reader: nn.Module, implementation: str) -> Iterator[None]:
     """Compute the encoders' attention this way in the block."""
-    encoders = _encoders(reader)
+    encoders = encoders_of(reader)
     before = encoders[0].config._attn_implementation
     for encoder in encoders:
         encoder.set_attn_implementation(implementation)
@@ -681,7 +715,8 @@ def trace_routing(
         stride: Tokens that two windows share.
 
     Raises:
-        ValueError: When the reader has no experts for single tokens.
+        ValueError: When the reader has no experts for single tokens, or the window is longer than
+            its encoder reads.
     """
     layers = expert_layers(reader)
     if not layers or isinstance(reader, ReaderMixture):
@@ -691,6 +726,7 @@ def trace_routing(
         )
     features = prepare([question], tokenizer, length=length, stride=stride)
     window = int(features.answerable.argmax())
+    check_windows(reader, int(features.lengths[window]))
     inputs = features.batch([window])
     device = next(reader.parameters()).device
     inputs = {k: v.to(device) for k, v in inputs.items() if not k.endswith("_positions")}

@@ -52,6 +52,8 @@ class Question:
 def problems_of(question: Question) -> list[str]:
     """What is wrong with a question: an empty text, a span that does not match its context.
 
+    Half a surrogate pair, in the id as well, cannot be written down as UTF-8 and is wrong, too.
+
     Several answers may be given, and they may overlap; each must stand where it says.
 
     >>> wrong = Question("1", "Who?", "It was Ada.", (Answer("Ada", 6),), "demo")
@@ -59,9 +61,9 @@ def problems_of(question: Question) -> list[str]:
     ["answer 'Ada' is not at 6, where the context has ' Ad'; it stands at 7"]
     """
     found = []
-    for name in ("question", "context"):
+    for name in ("id", "question", "context"):
         text = getattr(question, name)
-        if not text.strip():
+        if not text.strip() and name != "id":
             found.append(f"the {name} is empty: write one, or remove the question")
         elif not _encodable(text):
             found.append(f"the {name} holds half a surrogate pair, which is no character")

@@ -180,8 +180,9 @@ class Stage:
 def subsample(questions: Iterable[Question], count: int | None) -> tuple[Question, ...]:
     """Some questions of a set, spread over as many passages as there are.
 
-    One question of every passage before a second one of any; which of them, and which passages
-    where there are more than needed, the SHA-256 of the texts decides: the same for every run.
+    One question of every passage before a second one of any. Which of them the SHA-256 of the
+    questions' ids decides, and which passages where there are more than needed, that of the
+    passages' texts: the same for every run.
 
     Args:
         questions: Of one set.

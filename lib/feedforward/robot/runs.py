@@ -272,13 +272,15 @@ class RobotConfig:
         if self.images and self.tasks and not simulator.environment.shows_images:
             raise ValueError(f"{simulator.name} shows states here: no images")
 
-    def data_key(self) -> str | None:
-        """What tells the data in a folder from others; None where scripted experts give them.
+    def inputs(self) -> dict[str, str]:
+        """What tells the data of a folder, which the fields only name, from others.
 
         Raises:
             DataError: When there is no such folder, or it holds no data set.
         """
-        return None if self.source == SCRIPTED else dataset_key(_folder_of(self.source))
+        if self.source == SCRIPTED:
+            return {}
+        return {"data": dataset_key(_folder_of(self.source))}
 
 
 # --- one run ------------------------------------------------------------------------------------
@@ -544,8 +546,7 @@ class _Training:
         plain = plain_config(self.config)
         names = ("policy", "parent", "tasks", "demonstrations", "seed", "source", "noise", "batch")
         decisive = {name: plain[name] for name in (*names, "state", "images")}
-        if (data := self.config.data_key()) is not None:
-            decisive["data"] = data
+        decisive |= self.config.inputs()
         if tuned:
             decisive["tuning"] = plain["tuning"]
         key = f"{config_key(decisive, 'policies')}-{self.code}"
