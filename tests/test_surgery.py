@@ -222,7 +222,7 @@ class TestFinding:
 
 
 def llama_layers(ffns):
-    return [ffn._block for ffn in ffns]
+    return [ffn._blocks[0] for ffn in ffns]
 
 
 class Imposter(nn.Module):
@@ -601,6 +601,95 @@ class TestUpcycling:
         model = replace_ffn(distilbert(), structured(LowRank, rank=2, guided={"steps": 3}))
         with pytest.raises(ValueError, match="release its guides before upcycling"):
             upcycle(model, experts=2, router=SwitchRouter)
+
+
+class Block(nn.Module):
+    def __init__(self, ffn):
+        super().__init__()
+        self.norm, self.ffn = nn.LayerNorm(8), ffn
+
+    def forward(self, x):
+        return x + self.ffn(self.norm(x))
+
+
+class TestSharing:
+    """Modules that stand at several places of a model."""
+
+    def ffn(self):
+        return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def model(self, ffns):
+        torch.manual_seed(0)
+        return nn.Sequential(*(Block(ffn) for ffn in ffns)).double().eval()
+
+    def test_an_ffn_of_several_blocks_is_replaced_in_all_of_them(self):
+        shared = self.ffn()
+        model = self.model([shared, shared, self.ffn()])
+        model.extra = model[0]  # and at a third place, outside of the blocks
+        assert [ffn.index for ffn in find_ffns(model)] == [0, 1]
+        replace_ffn(model, lambda ffn: moe_of(ffn), layers=[0])
+        assert model[0].ffn is model[1].ffn
+        assert isinstance(model[0].ffn, MoE)
+        assert [ffn.index for ffn in find_ffns(model)] == [1]
+        replace_ffn(model, structured(LowRank, rank=2))
+        assert isinstance(model[2].ffn[0], LowRank)
+        replace_ffn(model, lambda ffn: moe_of(ffn))
+        with pytest.raises(ValueError, match="all 2 feed-forward layers"):
+            replace_ffn(model, structured(LowRank, rank=2))
+
+    def test_two_names_in_one_block(self):
+        shared = self.ffn()
+        model = self.model([shared])
+        model[0].second = shared
+        model.append(Block(self.ffn()).double())
+        replace_ffn(model, lambda ffn: moe_of(ffn))
+        assert isinstance(model[0].ffn, MoE)
+        assert model[0].second is model[0].ffn
+
+    def test_upcycling_starts_at_the_parents_function(self):
+        shared, x = self.ffn(), torch.randn(5, 8, dtype=torch.float64)
+        model = self.model([shared, shared, self.ffn()])
+        before = model(x)
+        upcycle(model, experts=2, router=SwitchRouter, preserve=True)
+        assert model[0].ffn is model[1].ffn
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+
+    def test_gpt2_with_one_ffn_for_two_blocks(self):
+        model = gpt2()
+        model.transformer.h[2].mlp = model.transformer.h[0].mlp
+        before = output(model)
+        upcycle(model, experts=2, router=SwitchRouter, preserve=True)
+        assert model.transformer.h[2].mlp is model.transformer.h[0].mlp
+        same(output(model), before, 1e-4)
+        assert [r.mask.sum() for r in routed(model, **batch())] == [15] * 3
+
+    def test_half_of_an_ffn_shared_with_another_block(self):
+        model = bert()
+        first, second, third = model.encoder.layer
+        second.intermediate = first.intermediate
+        kept = {name: type(module) for name, module in model.named_modules()}
+        with pytest.raises(ValueError, match="shares only one of its two modules"):
+            replace_ffn(model, lambda ffn: moe_of(ffn))
+        assert {name: type(module) for name, module in model.named_modules()} == kept
+        second.output = first.output
+        replace_ffn(model, lambda ffn: moe_of(ffn))
+        assert second.intermediate.dense is first.intermediate.dense
+        assert sum(isinstance(m, MoE) for m in model.modules()) == 2
+
+    @pytest.mark.parametrize("tied", ["module", "weight"])
+    def test_last_weights_that_are_used_elsewhere_are_not_divided(self, tied):
+        one, two = self.ffn(), self.ffn()
+        if tied == "module":
+            two[2] = one[2]
+        else:
+            two[2].weight = one[2].weight
+        model, x = self.model([one, two]), torch.randn(5, 8, dtype=torch.float64)
+        before = model(x)
+        with pytest.raises(ValueError, match="used elsewhere in the model too"):
+            upcycle(model, experts=2, router=SwitchRouter, preserve=True, layers=[0])
+        assert torch.equal(model(x), before)
+        upcycle(model, experts=2, router=SwitchRouter, preserve=True, shared=False)
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
 
 
 def routed(model, **inputs):
