@@ -26,7 +26,7 @@ from feedforward import (
     replace_ffn,
     upcycle,
 )
-from feedforward.layers.guided import advance, release
+from feedforward.layers.guided import advance, guide, release
 from feedforward.surgery import find_ffns, from_config, load, save, structured
 
 transformers.logging.set_verbosity_error()
@@ -665,7 +665,7 @@ class TestSharing:
 
     def test_half_of_an_ffn_shared_with_another_block(self):
         model = bert()
-        first, second, third = model.encoder.layer
+        first, second, _ = model.encoder.layer
         second.intermediate = first.intermediate
         kept = {name: type(module) for name, module in model.named_modules()}
         with pytest.raises(ValueError, match="shares only one of its two modules"):
@@ -1020,6 +1020,64 @@ class TestSavingAndLoading:
         with torch.no_grad():
             ids = torch.tensor([[5, 6, 7]])
             same(loaded(ids)[0], model(ids)[0])
+
+    @pytest.mark.parametrize("make", [gpt2, bert, llama], ids=lambda make: make.__name__)
+    @pytest.mark.parametrize("around", ["premerge", "guide", "premerge first", "released"])
+    def test_what_is_put_around_layers_after_a_mixture_was_made(self, make, around, tmp_path):
+        model = replace_ffn(make(), structured(LowRank, rank=4), layers=[0, 1])
+        if around == "premerge first":
+            premerge(model, threshold=7)
+        if around == "released":
+            guide(model, steps=3)
+            save(model, tmp_path / "model")
+            release(model)
+        upcycle(model, experts=2, router=SwitchRouter, layers=[1])
+        if around == "premerge":
+            premerge(model, threshold=7)
+        if around == "guide":
+            advance(guide(model, steps=3).eval())
+        save(model, tmp_path / "model")
+        for loaded in (load(tmp_path / "model"), copy.deepcopy(model)):
+            assert str(loaded) == str(model)
+            assert [m.alpha for m in loaded.modules() if isinstance(m, SelfGuided)] == [
+                m.alpha for m in model.modules() if isinstance(m, SelfGuided)
+            ]
+            same(output(loaded), output(model))
+        # and away again, from what was loaded
+        loaded = load(tmp_path / "model")
+        if around == "guide":
+            save(release(loaded), tmp_path / "model")
+            same(output(load(tmp_path / "model")), output(model))
+            assert "wrap" not in {o["operation"] for o in loaded.config.feedforward}
+
+    @pytest.mark.parametrize("around", ["premerge", "guide"])
+    @pytest.mark.parametrize("whole", [True, False], ids=["whole", "shared expert"])
+    def test_what_is_put_around_a_layer_for_a_whole_ffn(self, around, whole, tmp_path):
+        def build(ffn):
+            layer = LowRank(ffn.dim, ffn.dim, rank=4)
+            return layer if whole else moe_of(ffn, shared=layer)
+
+        model = replace_ffn(gpt2(), build, layers=[0, 2])
+        model = premerge(model, threshold=5) if around == "premerge" else guide(model, steps=3)
+        save(model.eval(), tmp_path / "model")
+        loaded = load(tmp_path / "model")
+        assert str(loaded) == str(model)
+        same(output(loaded), output(model))
+        made = from_config(model.config)
+        assert made.state_dict().keys() == model.state_dict().keys()
+        save(made, tmp_path / "made")
+
+    def test_what_the_record_does_not_make_again_is_not_written(self, tmp_path):
+        by_hand, shared, unrecorded = gpt2(), gpt2(), gpt2()
+        upcycle(by_hand, experts=2, router=SwitchRouter, layers=[0])
+        by_hand.transformer.h[1].mlp.c_fc = LowRank(16, 32, rank=2)
+        shared.transformer.h[2].mlp = shared.transformer.h[0].mlp
+        upcycle(shared, experts=2, router=SwitchRouter)
+        unrecorded.transformer.h[1].mlp.c_fc = LowRank(16, 32, rank=2)
+        for model in (by_hand, shared, unrecorded):
+            with pytest.raises(ValueError, match="does not make this model again"):
+                save(model, tmp_path / "model")
+        assert not list(tmp_path.iterdir())
 
     def test_a_class_of_ones_own(self, tmp_path):
         class Reader(transformers.DistilBertModel):

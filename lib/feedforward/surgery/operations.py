@@ -18,7 +18,7 @@ from feedforward.surgery.finding import (
     places_of_ffns,
 )
 from feedforward.surgery.padding import watch_masks
-from feedforward.surgery.recording import described_as, record
+from feedforward.surgery.recording import described_as, record, refresh
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -191,6 +191,7 @@ def upcycle(
         _copy_weights(ffn, moe, noise)
     factors = [_output_factor(moe) if preserve else 1.0 for moe in made]
     # nothing is changed before everything is made
+    refresh(model)  # guides that were released since, for afterwards the maps are not found
     for ffn, moe, factor in zip(chosen, made, factors, strict=True):
         _scale_output(moe, 1.0 / factor)
         install(ffn, moe)
