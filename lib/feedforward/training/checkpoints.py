@@ -192,13 +192,18 @@ def load_weights(model: nn.Module, path: str | os.PathLike) -> None:
     """Give a model the parameters that `save_weights` wrote.
 
     Raises:
-        ValueError: if the file is damaged, or of a model with other parameters.
+        ValueError: if the file is damaged, or of a model with other parameters; the model is then
+            as it was.
     """
     try:
         weights = load(Path(path).read_bytes())
         own = dict(model.named_parameters())
         if weights.keys() != own.keys():
             raise ValueError(f"other names: {sorted(weights.keys() ^ own.keys())[:3]}")
+        for name, parameter in own.items():  # copy_ would broadcast
+            if weights[name].shape != parameter.shape:
+                shapes = tuple(weights[name].shape), tuple(parameter.shape)
+                raise ValueError(f"{name} is {shapes[0]} there and {shapes[1]} here")
         with torch.no_grad():
             for name, parameter in own.items():
                 parameter.copy_(weights[name])
