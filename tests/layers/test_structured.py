@@ -785,6 +785,19 @@ def test_where_no_threshold_is_right_it_costs_as_little_as_it_can(dense, found):
     assert search_threshold(lambda tokens: dense.get(tokens, 1.5)) == found
 
 
+@pytest.mark.parametrize("largest", [1, 3, 16, 48, 63, 100])
+@pytest.mark.parametrize("crossing", [0, 1, 5, 31, 32, 33, 47, 48, 1000])
+def test_the_search_goes_on_to_the_largest_number(largest, crossing):
+    asked = []
+
+    def ratio(tokens):
+        asked.append(tokens)
+        return 0.5 if tokens <= crossing else 2.0
+
+    assert search_threshold(ratio, largest=largest) == min(crossing, largest)
+    assert max(asked) <= largest
+
+
 def test_a_threshold_is_of_layers_that_can_be_timed():
     for layers, says in (
         ([], "no layers"),

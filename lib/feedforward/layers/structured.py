@@ -740,7 +740,7 @@ def search_threshold(ratio: Callable[[int], float], *, largest: int = 1024) -> i
     """Up to how many tokens the dense weight should be used.
 
     Asks for 1, 2, 4, ... tokens until V and U have clearly won twice in a row, and then between the
-    last of these numbers that the dense weight should be used for and the next.
+    last of these numbers that the dense weight should be used for and the next, or `largest`.
 
     Args:
         ratio: of a number of tokens, the time with the dense weight over that with V and U.
@@ -766,7 +766,8 @@ def search_threshold(ratio: Callable[[int], float], *, largest: int = 1024) -> i
         lost = lost + 1 if r > 1.02 else 0
         tokens *= 2
     threshold = min(total, key=total.get)
-    beyond = 2 * threshold if 2 * threshold in total else threshold + 1
+    # where the dense weight won to the end, there may be numbers left up to `largest`
+    beyond = 2 * threshold if 2 * threshold in total else min(2 * threshold, largest + 1)
     while beyond - threshold > 1:
         middle = (threshold + beyond) // 2
         threshold, beyond = (middle, beyond) if ratio(middle) <= 1 else (threshold, middle)
