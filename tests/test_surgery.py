@@ -511,6 +511,29 @@ class TestUpcycling:
         always = router in (ROUTERS["top 1"], ROUTERS["top 2"]) and (not shared or shared_weight)
         assert ((output(plain) - before).abs().max() < 1e-4) == bool(always)
 
+    @pytest.mark.parametrize("router", ["top 1", "switch", "scale adapter"])
+    def test_what_preserving_promises_at_larger_widths(self, router):
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(256, 64), nn.GELU(), nn.Linear(64, 256))
+        model, x = nn.ModuleList([block]).double(), torch.randn(2000, 256, dtype=torch.float64)
+        before = block(x)
+        routers = {
+            "top 1": (partial(TopKRouter, k=1), 1e-12),  # m is 1 for every token: rounding alone
+            "switch": (SwitchRouter, 1e-4),
+            "scale adapter": (partial(ScaleAdapterRouter, k=1), 1e-4),
+        }
+        make, tolerance = routers[router]
+        upcycle(model, experts=4, router=make, shared_weight=0.5, preserve=True)
+        change = (model[0](x) - before).norm(dim=1) / before.norm(dim=1)
+        assert change.max() < tolerance
+        # float32 may choose others of nearly equal experts, and few
+        made = make(256, 8)
+        chosen = made(x.float()).indices
+        with torch.no_grad():
+            for weight in made.parameters():
+                weight.mul_(1e-5)
+        assert (made(x.float()).indices != chosen).double().mean() < 0.05
+
     def test_preserving_holds_for_every_model(self, model):
         before = output(model)
         upcycle(model, experts=4, router=partial(ScaleAdapterRouter, k=2), preserve=True)

@@ -139,11 +139,15 @@ def upcycle(
     uniform router, the paper's code (``shared_weight=0.5``) gives 0.5 + 0.5 * 0.25 = 0.625 of the
     dense output, the paper's equation (``shared_weight=None``) 1 + 0.25 = 1.25 of it.
 
-    With `preserve` it starts at exactly the parent's function, to rounding. All experts are equal
-    at the start, so the layer gives m times the parent's output, where m is the sum of the
-    weights. Where m differs from token to token, the router's matrices are scaled by 1e-5, which
-    leaves every choice of the gate as it is (at k of E, each weight is then 1 / E) and m constant:
-    k / E, 1 + k / E or s + (1 - s) * k / E. Then the last weights and biases of all experts, the
+    With `preserve` it starts at the parent's function. All experts are equal at the start, so the
+    layer gives m times the parent's output, where m is the sum of the weights. Where m is the same
+    for every token, what is left is rounding. Where it is not, the router's matrices are scaled by
+    1e-5. That keeps the order of the logits (at k of E, each weight is then about 1 / E) and makes
+    m a constant, k / E, 1 + k / E or s + (1 - s) * k / E, to about 1e-4 of itself, less at widths
+    below a thousand; in float64 too. So near to each other are the probabilities that float32, in
+    which a float32 router chooses, takes some for equal: of random tokens up to four in a hundred,
+    whose best logits hardly differed, go to other experts than before the scaling, which changes
+    no output. Then the last weights and biases of all experts, the
     shared one too, are divided by m. Only the start is fixed: everything trains as usual from
     there. Explained in ``book/foundations/02-mixture-of-experts``.
 
@@ -158,7 +162,7 @@ def upcycle(
         capacity_factor: of the ``MoE``; None never drops a token.
         noise: standard deviation of the Gaussian noise that is added to the weight matrices of
             the routed experts, so that they differ.
-        preserve: start at the parent's function.
+        preserve: start at the parent's function, to the tolerance above.
         layers: numbers of the FFNs, negative ones from the end; None for all.
 
     Returns:
