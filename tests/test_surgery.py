@@ -26,7 +26,7 @@ from feedforward import (
     replace_ffn,
     upcycle,
 )
-from feedforward.layers.guided import advance, release
+from feedforward.layers.guided import advance, guide, release
 from feedforward.surgery import find_ffns, from_config, load, save, structured
 
 transformers.logging.set_verbosity_error()
@@ -222,7 +222,7 @@ class TestFinding:
 
 
 def llama_layers(ffns):
-    return [ffn._block for ffn in ffns]
+    return [ffn._blocks[0] for ffn in ffns]
 
 
 class Imposter(nn.Module):
@@ -511,6 +511,29 @@ class TestUpcycling:
         always = router in (ROUTERS["top 1"], ROUTERS["top 2"]) and (not shared or shared_weight)
         assert ((output(plain) - before).abs().max() < 1e-4) == bool(always)
 
+    @pytest.mark.parametrize("router", ["top 1", "switch", "scale adapter"])
+    def test_what_preserving_promises_at_larger_widths(self, router):
+        torch.manual_seed(0)
+        block = nn.Sequential(nn.Linear(256, 64), nn.GELU(), nn.Linear(64, 256))
+        model, x = nn.ModuleList([block]).double(), torch.randn(2000, 256, dtype=torch.float64)
+        before = block(x)
+        routers = {
+            "top 1": (partial(TopKRouter, k=1), 1e-12),  # m is 1 for every token: rounding alone
+            "switch": (SwitchRouter, 1e-4),
+            "scale adapter": (partial(ScaleAdapterRouter, k=1), 1e-4),
+        }
+        make, tolerance = routers[router]
+        upcycle(model, experts=4, router=make, shared_weight=0.5, preserve=True)
+        change = (model[0](x) - before).norm(dim=1) / before.norm(dim=1)
+        assert change.max() < tolerance
+        # float32 may choose others of nearly equal experts, and few
+        made = make(256, 8)
+        chosen = made(x.float()).indices
+        with torch.no_grad():
+            for weight in made.parameters():
+                weight.mul_(1e-5)
+        assert (made(x.float()).indices != chosen).double().mean() < 0.05
+
     def test_preserving_holds_for_every_model(self, model):
         before = output(model)
         upcycle(model, experts=4, router=partial(ScaleAdapterRouter, k=2), preserve=True)
@@ -601,6 +624,95 @@ class TestUpcycling:
         model = replace_ffn(distilbert(), structured(LowRank, rank=2, guided={"steps": 3}))
         with pytest.raises(ValueError, match="release its guides before upcycling"):
             upcycle(model, experts=2, router=SwitchRouter)
+
+
+class Block(nn.Module):
+    def __init__(self, ffn):
+        super().__init__()
+        self.norm, self.ffn = nn.LayerNorm(8), ffn
+
+    def forward(self, x):
+        return x + self.ffn(self.norm(x))
+
+
+class TestSharing:
+    """Modules that stand at several places of a model."""
+
+    def ffn(self):
+        return nn.Sequential(nn.Linear(8, 16), nn.GELU(), nn.Linear(16, 8))
+
+    def model(self, ffns):
+        torch.manual_seed(0)
+        return nn.Sequential(*(Block(ffn) for ffn in ffns)).double().eval()
+
+    def test_an_ffn_of_several_blocks_is_replaced_in_all_of_them(self):
+        shared = self.ffn()
+        model = self.model([shared, shared, self.ffn()])
+        model.extra = model[0]  # and at a third place, outside of the blocks
+        assert [ffn.index for ffn in find_ffns(model)] == [0, 1]
+        replace_ffn(model, lambda ffn: moe_of(ffn), layers=[0])
+        assert model[0].ffn is model[1].ffn
+        assert isinstance(model[0].ffn, MoE)
+        assert [ffn.index for ffn in find_ffns(model)] == [1]
+        replace_ffn(model, structured(LowRank, rank=2))
+        assert isinstance(model[2].ffn[0], LowRank)
+        replace_ffn(model, lambda ffn: moe_of(ffn))
+        with pytest.raises(ValueError, match="all 2 feed-forward layers"):
+            replace_ffn(model, structured(LowRank, rank=2))
+
+    def test_two_names_in_one_block(self):
+        shared = self.ffn()
+        model = self.model([shared])
+        model[0].second = shared
+        model.append(Block(self.ffn()).double())
+        replace_ffn(model, lambda ffn: moe_of(ffn))
+        assert isinstance(model[0].ffn, MoE)
+        assert model[0].second is model[0].ffn
+
+    def test_upcycling_starts_at_the_parents_function(self):
+        shared, x = self.ffn(), torch.randn(5, 8, dtype=torch.float64)
+        model = self.model([shared, shared, self.ffn()])
+        before = model(x)
+        upcycle(model, experts=2, router=SwitchRouter, preserve=True)
+        assert model[0].ffn is model[1].ffn
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
+
+    def test_gpt2_with_one_ffn_for_two_blocks(self):
+        model = gpt2()
+        model.transformer.h[2].mlp = model.transformer.h[0].mlp
+        before = output(model)
+        upcycle(model, experts=2, router=SwitchRouter, preserve=True)
+        assert model.transformer.h[2].mlp is model.transformer.h[0].mlp
+        same(output(model), before, 1e-4)
+        assert [r.mask.sum() for r in routed(model, **batch())] == [15] * 3
+
+    def test_half_of_an_ffn_shared_with_another_block(self):
+        model = bert()
+        first, second, _ = model.encoder.layer
+        second.intermediate = first.intermediate
+        kept = {name: type(module) for name, module in model.named_modules()}
+        with pytest.raises(ValueError, match="shares only one of its two modules"):
+            replace_ffn(model, lambda ffn: moe_of(ffn))
+        assert {name: type(module) for name, module in model.named_modules()} == kept
+        second.output = first.output
+        replace_ffn(model, lambda ffn: moe_of(ffn))
+        assert second.intermediate.dense is first.intermediate.dense
+        assert sum(isinstance(m, MoE) for m in model.modules()) == 2
+
+    @pytest.mark.parametrize("tied", ["module", "weight"])
+    def test_last_weights_that_are_used_elsewhere_are_not_divided(self, tied):
+        one, two = self.ffn(), self.ffn()
+        if tied == "module":
+            two[2] = one[2]
+        else:
+            two[2].weight = one[2].weight
+        model, x = self.model([one, two]), torch.randn(5, 8, dtype=torch.float64)
+        before = model(x)
+        with pytest.raises(ValueError, match="used elsewhere in the model too"):
+            upcycle(model, experts=2, router=SwitchRouter, preserve=True, layers=[0])
+        assert torch.equal(model(x), before)
+        upcycle(model, experts=2, router=SwitchRouter, preserve=True, shared=False)
+        torch.testing.assert_close(model(x), before, rtol=1e-4, atol=1e-5)
 
 
 def routed(model, **inputs):
@@ -931,6 +1043,64 @@ class TestSavingAndLoading:
         with torch.no_grad():
             ids = torch.tensor([[5, 6, 7]])
             same(loaded(ids)[0], model(ids)[0])
+
+    @pytest.mark.parametrize("make", [gpt2, bert, llama], ids=lambda make: make.__name__)
+    @pytest.mark.parametrize("around", ["premerge", "guide", "premerge first", "released"])
+    def test_what_is_put_around_layers_after_a_mixture_was_made(self, make, around, tmp_path):
+        model = replace_ffn(make(), structured(LowRank, rank=4), layers=[0, 1])
+        if around == "premerge first":
+            premerge(model, threshold=7)
+        if around == "released":
+            guide(model, steps=3)
+            save(model, tmp_path / "model")
+            release(model)
+        upcycle(model, experts=2, router=SwitchRouter, layers=[1])
+        if around == "premerge":
+            premerge(model, threshold=7)
+        if around == "guide":
+            advance(guide(model, steps=3).eval())
+        save(model, tmp_path / "model")
+        for loaded in (load(tmp_path / "model"), copy.deepcopy(model)):
+            assert str(loaded) == str(model)
+            assert [m.alpha for m in loaded.modules() if isinstance(m, SelfGuided)] == [
+                m.alpha for m in model.modules() if isinstance(m, SelfGuided)
+            ]
+            same(output(loaded), output(model))
+        # and away again, from what was loaded
+        loaded = load(tmp_path / "model")
+        if around == "guide":
+            save(release(loaded), tmp_path / "model")
+            same(output(load(tmp_path / "model")), output(model))
+            assert "wrap" not in {o["operation"] for o in loaded.config.feedforward}
+
+    @pytest.mark.parametrize("around", ["premerge", "guide"])
+    @pytest.mark.parametrize("whole", [True, False], ids=["whole", "shared expert"])
+    def test_what_is_put_around_a_layer_for_a_whole_ffn(self, around, whole, tmp_path):
+        def build(ffn):
+            layer = LowRank(ffn.dim, ffn.dim, rank=4)
+            return layer if whole else moe_of(ffn, shared=layer)
+
+        model = replace_ffn(gpt2(), build, layers=[0, 2])
+        model = premerge(model, threshold=5) if around == "premerge" else guide(model, steps=3)
+        save(model.eval(), tmp_path / "model")
+        loaded = load(tmp_path / "model")
+        assert str(loaded) == str(model)
+        same(output(loaded), output(model))
+        made = from_config(model.config)
+        assert made.state_dict().keys() == model.state_dict().keys()
+        save(made, tmp_path / "made")
+
+    def test_what_the_record_does_not_make_again_is_not_written(self, tmp_path):
+        by_hand, shared, unrecorded = gpt2(), gpt2(), gpt2()
+        upcycle(by_hand, experts=2, router=SwitchRouter, layers=[0])
+        by_hand.transformer.h[1].mlp.c_fc = LowRank(16, 32, rank=2)
+        shared.transformer.h[2].mlp = shared.transformer.h[0].mlp
+        upcycle(shared, experts=2, router=SwitchRouter)
+        unrecorded.transformer.h[1].mlp.c_fc = LowRank(16, 32, rank=2)
+        for model in (by_hand, shared, unrecorded):
+            with pytest.raises(ValueError, match="does not make this model again"):
+                save(model, tmp_path / "model")
+        assert not list(tmp_path.iterdir())
 
     def test_a_class_of_ones_own(self, tmp_path):
         class Reader(transformers.DistilBertModel):

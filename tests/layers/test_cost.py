@@ -223,7 +223,9 @@ def test_what_occurs_twice_is_run_twice_and_stored_once():
     assert twice.parameters == once.parameters
     assert twice.bytes == once.bytes
     assert twice.flops == 2 * once.flops
-    assert count(nn.Sequential(layer, nn.GELU(), layer)) == twice
+    # of one parent as well
+    for same in (nn.Sequential(layer, layer), nn.ModuleList([layer] * 2)):
+        assert count(same) == twice
 
 
 def test_costs_add_up_and_parts_are_the_whole():

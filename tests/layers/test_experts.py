@@ -705,3 +705,18 @@ def test_refuses_to_make(options, said):
 def test_refuses_input(x, mask, said):
     with pytest.raises(ValueError, match=said):
         make("switch", torch.float32)(x, mask)
+
+
+@pytest.mark.parametrize("router", ROUTERS)
+@pytest.mark.parametrize("tokens", [0, 3, 100])
+@pytest.mark.parametrize("options", [{}, {"gated": True, "bias": True, "capacity_factor": 1.0}])
+def test_meta_device_gives_shapes(router, tokens, options):
+    moe = make(router, dtype=torch.float32, **options).to("meta")
+    x = torch.empty(2, tokens, DIM, device="meta")
+    mask = torch.ones(2, tokens, dtype=torch.bool, device="meta")
+    for y in (moe(x), moe(x, mask)):
+        assert y.is_meta
+        assert y.requires_grad
+        assert y.shape == x.shape
+    with torch.no_grad():
+        assert moe(x).shape == x.shape

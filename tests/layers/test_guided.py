@@ -290,6 +290,17 @@ def test_the_mode_of_the_layer_is_kept():
     assert not SelfGuided(LowRank(6, 8, rank=2).eval(), steps=3).training
 
 
+@every_layer
+def test_made_under_autocast_the_guide_is_the_layers_own_weight(make):
+    with torch.autocast("cpu", torch.bfloat16):
+        layer = guided(make, stochastic=False)
+    assert torch.equal(layer.guide, layer.layer.dense_weight())
+    with torch.autocast("cpu", torch.bfloat16):
+        layer.reset_parameters()
+    assert torch.equal(layer.guide, layer.layer.dense_weight())
+    assert layer(torch.ones(3, layer.in_features)).dtype == torch.float32
+
+
 def test_autocast_mixes_in_bf16():
     module = guided(stochastic=False)
     module.advance()

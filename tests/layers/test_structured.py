@@ -9,6 +9,8 @@ import pytest
 import torch
 import torch.nn.functional as F
 from torch import nn
+from torch.autograd import forward_ad
+from torch.nn.utils import parametrizations, parametrize, prune
 
 from feedforward import BlockDense, BlockShuffle, LowRank, PreMerged
 from feedforward.layers.structured import INITS, measure_threshold, search_threshold
@@ -610,6 +612,120 @@ def test_premerged_compiles_whole():
         torch.testing.assert_close(compiled(x), merged.layer(x))
 
 
+@pytest.mark.parametrize("step", ["AdamW", "SGD", ".data"])
+def test_premerged_follows_what_writes_past_the_count_of_changes(step):
+    merged = PreMerged(LowRank(6, 8, rank=2), threshold=4).eval()
+    x = torch.randn(3, 6)
+    for _ in range(2):
+        merged(x).square().mean().backward()
+        if step == ".data":
+            for weight in merged.parameters():
+                weight.data -= weight.grad
+        else:
+            getattr(torch.optim, step)(merged.parameters(), lr=0.1, fused=True).step()
+        merged.zero_grad()
+        with torch.no_grad():
+            torch.testing.assert_close(merged(x), merged.layer(x))
+    # without gradients of its own nothing is made anew
+    kept = merged.requires_grad_(False).merged
+    merged(x.requires_grad_()).sum().backward()
+    assert merged.merged is kept
+
+
+@pytest.mark.parametrize("name", ["v", "u", "bias"])
+@pytest.mark.parametrize("change", ["weight norm", "pruned"])
+def test_premerged_leaves_weights_that_are_made_anew_to_the_layer(name, change):
+    merged = PreMerged(LowRank(6, 8, rank=2), threshold=4).eval()
+    torch.nn.init.normal_(merged.layer.bias)
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        merged(x)
+    if change == "pruned":
+        prune.random_unstructured(merged.layer, name, 0.5)
+    else:
+        parametrizations.weight_norm(merged.layer, name)
+    with torch.no_grad():
+        for parameter in merged.parameters():
+            parameter.mul_(2)
+        assert torch.equal(merged(x), merged.layer(x))
+        merged.train().eval()
+        assert torch.equal(merged(x), merged.layer(x))
+        if change == "pruned":
+            prune.remove(merged.layer, name)
+        else:
+            parametrize.remove_parametrizations(merged.layer, name)
+        torch.testing.assert_close(merged(x), merged.layer(x))
+
+
+def test_premerged_in_a_replica():
+    merged = PreMerged(LowRank(6, 8, rank=2), threshold=4).eval()
+    # what nn.DataParallel makes for another device: weights are attributes there
+    replica, layer = merged._replicate_for_data_parallel(), merged.layer
+    replica.layer = layer._replicate_for_data_parallel()
+    for name, weight in layer.named_parameters():
+        setattr(replica.layer, name, weight.detach().clone())
+    x = torch.randn(3, 6)
+    with torch.no_grad():
+        torch.testing.assert_close(replica(x), layer(x))
+
+
+def test_premerged_gives_autograd_no_tensor_of_inference_mode():
+    merged = PreMerged(LowRank(6, 8, rank=2), threshold=4).eval().requires_grad_(False).double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    with torch.inference_mode():
+        merged(x)
+    merged(x.requires_grad_()).sum().backward()
+    torch.testing.assert_close(x.grad, merged.layer.dense_weight().sum(0).expand(3, 6))
+
+
+@torch.no_grad()
+@pytest.mark.parametrize("merge", [False, True])
+@every_case
+def test_transforms_of_functions_without_gradients(case, merge):
+    layer = build(case, dtype=torch.float64).eval()
+    module = PreMerged(layer, threshold=8) if merge else layer
+    x, dx = torch.randn(2, 2, 3, layer.in_features, dtype=torch.float64)
+    expected = F.linear(x, layer.dense_weight(), layer.bias)
+    torch.testing.assert_close(torch.func.vmap(module)(x), expected)
+    tangent = F.linear(dx, layer.dense_weight())
+    torch.testing.assert_close(torch.func.jvp(module, (x[0],), (dx[0],))[1], tangent[0])
+    with forward_ad.dual_level():
+        y = module(forward_ad.make_dual(x[0], dx[0]))
+        torch.testing.assert_close(forward_ad.unpack_dual(y).tangent, tangent[0])
+    # three layers at once, on the same input
+    stacked = {n: torch.stack([w, 2 * w, 3 * w]) for n, w in module.named_parameters()}
+    y = torch.func.vmap(lambda w: torch.func.functional_call(module, w, (x[0],)))(stacked)
+    torch.testing.assert_close(y[0], expected[0])
+    torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@every_case
+def test_meta_device_gives_shapes(case, merge):
+    layer = build(case, device="meta").eval()
+    module = PreMerged(layer, threshold=8) if merge else layer
+    for tokens in (2, 40):
+        with torch.no_grad():
+            y = module(torch.empty(tokens, layer.in_features, device="meta"))
+        assert y.is_meta
+        assert y.shape == (tokens, layer.out_features)
+    # filled later, it computes as if it had been made there
+    filled = build(case, seed=1).eval()
+    module.to_empty(device="cpu")
+    layer.load_state_dict(filled.state_dict())
+    x = torch.randn(2, layer.in_features)
+    with torch.no_grad():
+        torch.testing.assert_close(module(x), filled(x))
+
+
+@every_case
+def test_made_dense_under_autocast_it_is_as_exact(case):
+    layer = build(case)
+    with torch.autocast("cpu", torch.bfloat16):
+        linear = layer.to_linear()
+    assert torch.equal(linear.weight, layer.dense_weight())
+
+
 @pytest.mark.parametrize("threshold", [-1, 1.5, "auto", None, True])
 def test_premerged_refuses_a_bad_threshold(threshold):
     with pytest.raises(ValueError, match="threshold is"):
@@ -667,6 +783,19 @@ def test_premerged_measures_the_crossing(found, monkeypatch):
 )
 def test_where_no_threshold_is_right_it_costs_as_little_as_it_can(dense, found):
     assert search_threshold(lambda tokens: dense.get(tokens, 1.5)) == found
+
+
+@pytest.mark.parametrize("largest", [1, 3, 16, 48, 63, 100])
+@pytest.mark.parametrize("crossing", [0, 1, 5, 31, 32, 33, 47, 48, 1000])
+def test_the_search_goes_on_to_the_largest_number(largest, crossing):
+    asked = []
+
+    def ratio(tokens):
+        asked.append(tokens)
+        return 0.5 if tokens <= crossing else 2.0
+
+    assert search_threshold(ratio, largest=largest) == min(crossing, largest)
+    assert max(asked) <= largest
 
 
 def test_a_threshold_is_of_layers_that_can_be_timed():

@@ -258,6 +258,19 @@ def stream(monkeypatch):
     return opened
 
 
+def test_more_tokens_of_a_stream_extend_what_is_held_out_until_it_is_enough(
+    fresh_cache, stream, monkeypatch
+):
+    for name, size in {"_HEAD": 60_000, "_CHUNK": 20_000, "_HELD_OUT": 3_000}.items():
+        monkeypatch.setattr(data, name, size)
+    texts = [load_text("hub:some/texts", vocabulary=300, tokens=n) for n in (60_000, 120_000)]
+    for split in ("train", "validation", "test"):
+        short, long = (getattr(text, split) for text in texts)
+        assert np.array_equal(short, long[: len(short)])
+    assert len(texts[0].validation) < len(texts[1].validation)
+    assert texts[0].tokenizer.to_str() == texts[1].tokenizer.to_str()
+
+
 def test_more_tokens_of_a_stream_extend_the_training_text_alone(fresh_cache, stream, monkeypatch):
     for name, size in {"_HEAD": 60_000, "_CHUNK": 20_000, "_HELD_OUT": 600}.items():
         monkeypatch.setattr(data, name, size)
@@ -416,11 +429,14 @@ def test_evaluation_predicts_each_token_once(count):
     assert all(torch.equal(t, i + 1) for i, t in pairs)
 
 
-@pytest.mark.parametrize("limit", [None, 80])
-def test_a_text_shorter_than_a_window_is_evaluated_too(limit):
-    tokens = np.arange(6, dtype=np.uint16)
-    (pair,) = data.evaluation_batches(tokens, batch=4, context=8, limit=limit)
-    assert [part.tolist() for part in pair] == [[[0, 1, 2, 3, 4]], [[1, 2, 3, 4, 5]]]
+@pytest.mark.parametrize(("count", "limit", "targets"), [
+    (97, 96, 96), (100, 99, 99), (100, 1000, 99), (6, 1000, 5),  # all there are
+    (100, 98, 96), (100, 96, 96), (100, 95, 88), (6, 4, 0),  # whole windows
+])  # fmt: skip
+def test_evaluation_with_a_limit_that_the_text_hardly_has(count, limit, targets):
+    tokens = np.arange(count, dtype=np.uint16)
+    pairs = list(data.evaluation_batches(tokens, batch=4, context=8, limit=limit))
+    assert sum(t.numel() for _, t in pairs) == targets
 
 
 def test_evaluation_on_a_part_spreads_over_the_text():

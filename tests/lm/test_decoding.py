@@ -144,6 +144,54 @@ def test_sampling_refuses_what_has_no_meaning(options):
         sample(torch.randn(2, 5), **options)
 
 
+def test_every_module_keeps_its_own_mode():
+    model = decoder("switch", jitter=0.9)
+    greedy = generate(model.eval(), prompts(4), 8, temperature=0)
+    for parent in (True, False):
+        model.train(parent)
+        model.blocks[0].train(not parent)  # frozen in a training model, or the other way round
+        model.blocks[0].ffn.train(parent)
+        modes = [module.training for module in model.modules()]
+        assert torch.equal(generate(model, prompts(4), 8, temperature=0)[0], greedy[0])
+        assert [module.training for module in model.modules()] == modes
+
+
+@pytest.mark.parametrize("temperature", [1e-30, 1e-40, 1e-46, 1e-320])
+def test_no_temperature_is_too_small(temperature):
+    logits = torch.randn(50, 11, generator=torch.Generator().manual_seed(0))
+    assert torch.equal(sample(logits, temperature=temperature), logits.argmax(-1))
+    model, rows = decoder(), prompts(4, 2)
+    greedy = generate(model, rows, 5, temperature=0)
+    for row, other in zip(generate(model, rows, 5, temperature=temperature), greedy, strict=True):
+        assert torch.equal(row, other)
+
+
+def test_no_more_tokens_than_top_k_are_drawn_where_scores_are_equal():
+    logits = torch.tensor([[1.0, 2.0, 2.0, 2.0, 0.0]]).repeat(400, 1)
+    assert torch.equal(sample(logits, top_k=1), sample(logits, temperature=0))
+    for top_k in (2, 3):
+        drawn = sample(logits, top_k=top_k, generator=torch.Generator().manual_seed(0))
+        assert len(drawn.unique()) == top_k
+        assert set(drawn.tolist()) <= {1, 2, 3}
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"logits": torch.zeros(5)}, r"shape \(5,\); give \(B, vocabulary\)"),
+        ({"temperature": -1e-3}, "temperature is -0.001"),
+        ({"top_k": 0}, "top_k is 0"),
+        ({"top_k": 1.5}, "top_k is 1.5"),
+        ({"top_p": 0.0}, "top_p is 0.0"),
+        ({"top_p": 2.0}, "top_p is 2.0"),
+        ({"generator": [torch.Generator()]}, "1 generators for 2 rows"),
+    ],
+)
+def test_what_cannot_be_drawn_is_refused(changes, says):
+    with pytest.raises(ValueError, match=says):
+        sample(**{"logits": torch.zeros(2, 5)} | changes)
+
+
 def test_a_row_ends_at_the_stop_token():
     model, rows = decoder(), prompts(4, 2, 6)
     free = generate(model, rows, 15, temperature=0)

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from safetensors.torch import load_file
 
 from feedforward import SelfGuided, count
-from feedforward.files import cache_directory
+from feedforward.files import DataError, cache_directory
 from feedforward.layers.cost import PAPER_SHAPES
 from feedforward.layers.experts import collect_routing
 from feedforward.lm import experiment
@@ -201,6 +201,21 @@ def test_measuring_equals_one_pass_over_everything(config):
         counts = np.bincount(routing.indices.flatten(), minlength=4)
         assert measured["load"][layer] == pytest.approx((counts / counts.sum()).tolist())
     assert not model.training
+
+
+@pytest.mark.parametrize("split", ["validation", "test"])
+def test_what_is_shorter_than_a_context_is_told_before_training(config, split, monkeypatch):
+    def load_short(*arguments, **options):
+        text = load_text(*arguments, **options)
+        text.details[split]["tokens"] = 16
+        return text
+
+    monkeypatch.setattr(experiment, "load_text", load_short)
+    monkeypatch.setattr(experiment, "train", None)
+    with pytest.raises(DataError, match=f"the {split} text .* has 16 tokens.* context of 16"):
+        run(config, progress=False, device="cpu")
+    with pytest.raises(ValueError, match="no target to measure"):
+        measure(Decoder(config.model), [])
 
 
 def test_a_collapsed_router_is_seen(config):

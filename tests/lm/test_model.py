@@ -368,9 +368,9 @@ def test_an_impossible_shape_is_refused(changes, says):
         {"ffn": "blockdense", "rank": 16, "blocks": 3},
     ],
 )
-def test_a_structure_that_does_not_fit_is_refused_when_built(changes):
+def test_a_structure_that_does_not_fit_is_refused(changes):
     with pytest.raises(ValueError, match=r"rank|block|divis"):
-        Decoder(DecoderConfig(**SMALL | changes))
+        DecoderConfig(**SMALL | changes)
 
 
 def test_a_wide_dense_layer_before_narrow_experts_is_counted_from_its_shape():
@@ -485,3 +485,66 @@ def test_a_start_is_given_to_structured_layers_alone():
         DecoderConfig(**SMALL, init="spectral")
     with pytest.raises(ValueError, match="init is 'kaiming'; allowed: spectral, orthonormal"):
         DecoderConfig(**SMALL | KINDS["lowrank"], init="kaiming")
+
+
+@pytest.mark.parametrize("assign", [False, True], ids=["to_empty", "assign"])
+@pytest.mark.parametrize("name", ["dense", "learned", "grouped", "moe"])
+def test_made_on_meta_and_filled_it_is_the_same_model(name, assign):
+    config = DecoderConfig(**SMALL, **KINDS[name])
+    expected, x = Decoder(config).bfloat16().eval(), torch.randint(61, (2, 16))
+    with torch.device("meta"):
+        model = Decoder(config).bfloat16().eval()
+    keys = list(model.state_dict())
+    if not assign:
+        model.to_empty(device="cpu")
+    model.load_state_dict(expected.state_dict(), assign=assign)
+    assert torch.equal(model(x), expected(x))
+    assert (model.head.weight is model.embedding.weight) is config.tied
+    assert list(model.state_dict()) == keys == list(expected.state_dict())
+    # inside of another module too
+    with torch.device("meta"):
+        outer = torch.nn.Sequential(Decoder(config).bfloat16()).eval()
+    if not assign:
+        outer.to_empty(device="cpu")
+    outer.load_state_dict(torch.nn.Sequential(expected).state_dict(), assign=assign)
+    assert torch.equal(outer(x), expected(x))
+
+
+def test_rotary_tables_are_as_exact_as_their_type():
+    config = DecoderConfig(**SMALL | {"context": 1024})
+    angles = torch.arange(1024.0)[:, None] / 10_000.0 ** (torch.arange(0, 8, 2).float() / 8)
+    single = torch.cat((angles, angles), -1)  # as in all recorded runs
+    model = Decoder(config)
+    assert torch.equal(model.cosines, single.cos())
+    model.double()
+    exact = torch.arange(1024.0).double()[:, None] / 10_000 ** (torch.arange(0, 8, 2).double() / 8)
+    torch.testing.assert_close(model.sines, torch.cat((exact, exact), -1).sin(), rtol=0, atol=1e-12)
+    assert torch.equal(model.bfloat16().sines, single.sin().bfloat16())
+    assert torch.equal(model.float().sines, single.sin())
+    assert model.head.weight is model.embedding.weight
+
+
+def test_tokens_have_two_dimensions_and_may_be_none():
+    model = Decoder(DecoderConfig(**SMALL))
+    for shape in ((0, 4), (2, 0)):
+        assert model(torch.zeros(shape, dtype=torch.long)).shape == (*shape, 61)
+    for shape in ((4,), (1, 2, 4)):
+        with pytest.raises(ValueError, match=r"give \(B, T\)"):
+            model(torch.zeros(shape, dtype=torch.long))
+
+
+@pytest.mark.parametrize(
+    ("changes", "says"),
+    [
+        ({"ffn": "lowrank", "share": 2.0}, "parameters is 2.0"),
+        ({"ffn": "lowrank", "rank": 1000}, "rank is 1000"),
+        ({"ffn": "blockshuffle", "blocks": 7}, "7 equal blocks"),
+        ({"ffn": "blockdense", "rank": 10, "blocks": 4}, "rank = 10 cannot be cut"),
+        ({"ffn": "switch", "jitter": 3.0}, "jitter is 3.0"),
+        ({"ffn": "moe", "capacity_factor": -1.0}, "capacity_factor is -1.0"),
+        ({"std": math.nan}, "std nan"),
+    ],
+)
+def test_what_no_layer_can_be_made_of_is_refused_at_once(changes, says):
+    with pytest.raises(ValueError, match=says):
+        DecoderConfig(**SMALL, **changes)

@@ -200,9 +200,9 @@ def count(
 
     In a module every linear map is taken to work on every token, so a pooler or a classification
     head, which sees one token of a text, is counted as if it saw all; a module that occurs at two
-    places is counted as run twice. For a configuration of ``transformers`` the class that its
-    ``architectures`` names (else the bare model) is made on the meta device and counted. Explained
-    in ``book/foundations/01-feed-forward``.
+    places, of one parent or of several, is counted as run twice. For a configuration of
+    ``transformers`` the class that its ``architectures`` names (else the bare model) is made on the
+    meta device and counted. Explained in ``book/foundations/01-feed-forward``.
 
     Args:
         model_or_config: a module; a ``TransformerShape`` or an object with a method ``shape()``
@@ -378,7 +378,8 @@ def _count_module(model: nn.Module, dtype: torch.dtype | None) -> Cost:
             use(parameter, part)
             if parameter.dim() >= 2 and key not in ("b_in", "b_out"):
                 flops += int(2 * part * parameter.numel())
-        for key, child in module._modules.items():  # named_children leaves out what occurs again
+        # not named_children, which leaves out what stands there twice
+        for key, child in module._modules.items():
             if child is not None:
                 visit(child, f"{name}.{key}" if name else key)
 

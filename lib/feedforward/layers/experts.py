@@ -10,6 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from feedforward.layers.autocast import autocasting
 from feedforward.layers.routing import Routing
 
 _ACTIVATIONS: dict[str, Callable[[Tensor], Tensor]] = {
@@ -194,7 +195,7 @@ class MoE(nn.Module):
         if kept is None and 0 < routing.indices.numel() <= _FEW and _eager_on_cpu(x):
             return self._few(x, routing)
         dtype = x.dtype
-        if _autocasting(x):  # grouped_mm does not know autocast
+        if autocasting(x):  # grouped_mm does not know autocast
             dtype = torch.get_autocast_dtype(x.device.type)
         x, w_in, w_out = x.to(dtype), self.w_in.to(dtype), self.w_out.to(dtype)
         b_in, b_out = (None if b is None else b.to(dtype) for b in (self.b_in, self.b_out))
@@ -259,7 +260,8 @@ class MoE(nn.Module):
 
     def _loop(self, rows, offsets, w_in, b_in, w_out, b_out) -> Tensor:
         """The same, expert by expert, for types, widths and devices without a grouped product."""
-        ends = offsets.tolist()
+        # on the meta device nothing says whose a row is; shapes are the same whosever it is
+        ends = [rows.shape[0]] * self.experts if offsets.is_meta else offsets.tolist()
         sizes = [end - start for start, end in zip([0, *ends], ends, strict=False)]
         *parts, rest = rows.split([*sizes, rows.shape[0] - ends[-1]])
         none = [None] * self.experts
@@ -287,7 +289,7 @@ class MoE(nn.Module):
     def _check(self, x: Tensor, mask: Tensor | None) -> None:
         if x.dim() < 1 or x.shape[-1] != self.dim:
             raise ValueError(f"the layer takes (..., {self.dim}), given {tuple(x.shape)}")
-        if x.dtype != self.w_in.dtype and not _autocasting(x):
+        if x.dtype != self.w_in.dtype and not autocasting(x):
             raise ValueError(
                 f"the layer's weights are {self.w_in.dtype}, given {x.dtype}; convert one of them "
                 "with .to(dtype), or use torch.autocast"
@@ -361,14 +363,6 @@ def collect_routing(model: nn.Module) -> Iterator[list[Routing]]:
 def _recomputing() -> bool:
     """Whether this forward pass is activation checkpointing's second one, inside a backward."""
     return not torch.compiler.is_compiling() and torch._C._current_graph_task_id() != -1
-
-
-def _autocasting(x: Tensor) -> bool:
-    """Whether autocast would convert this tensor; it leaves float64 alone."""
-    device = x.device.type
-    if x.dtype == torch.float64 or not torch.amp.is_autocast_available(device):
-        return False
-    return torch.is_autocast_enabled(device)
 
 
 def _eager_on_cpu(x: Tensor) -> bool:

@@ -8,6 +8,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from feedforward.layers.autocast import without_autocast
 from feedforward.layers.structured import PreMerged, StructuredLinear, check_structured
 
 Schedule = Literal["cosine", "linear"]
@@ -72,7 +73,8 @@ class SelfGuided(nn.Module):
         self.layer = layer
         self.steps, self.schedule, self.stochastic = steps, schedule, stochastic
         self.in_features, self.out_features = layer.in_features, layer.out_features
-        self.guide = nn.Parameter(layer.dense_weight().detach().clone())
+        with without_autocast(layer.v.device.type):
+            self.guide = nn.Parameter(layer.dense_weight().detach().clone())
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=layer.v.device))
         # the same count as a Python number, so that no forward pass waits for a GPU to read it
         self._done = 0
@@ -119,7 +121,8 @@ class SelfGuided(nn.Module):
         self._done = 0
         self.step.zero_()
         if self.guide is not None:
-            self.guide.copy_(self.layer.dense_weight())
+            with without_autocast(self.guide.device.type):
+                self.guide.copy_(self.layer.dense_weight())
 
     def extra_repr(self) -> str:
         """The arguments that make this layer."""

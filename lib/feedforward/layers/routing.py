@@ -1,11 +1,12 @@
 """Which experts a token goes to, and with what weight: routers and the losses that balance them."""
 
-import contextlib
 from typing import NamedTuple
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+
+from feedforward.layers.autocast import without_autocast
 
 
 class Routing(NamedTuple):
@@ -66,7 +67,7 @@ class _Router(nn.Module):
             ValueError: `x` or `mask` has another shape or `mask` another type.
         """
         self._check(x, mask)
-        with _without_autocast(x.device.type):
+        with without_autocast(x.device.type):
             # float32 at least: in half precision near ties are decided by rounding (Switch, 2.4)
             x = x.to(torch.promote_types(x.dtype, torch.float32))
             if mask is not None:
@@ -304,11 +305,3 @@ def router_z_loss(routing: Routing) -> Tensor:
     logits = logits.masked_fill(~mask.unsqueeze(1), 0.0)
     squares = logits.logsumexp(dim=-1).square().masked_fill(~mask, 0.0)
     return squares.sum() / mask.sum().clamp(min=1)
-
-
-def _without_autocast(device_type: str):
-    """A context in which autocast is off, on devices that have it."""
-    available = torch.amp.is_autocast_available(device_type)
-    if not (available and torch.is_autocast_enabled(device_type)):
-        return contextlib.nullcontext()
-    return torch.autocast(device_type, enabled=False)

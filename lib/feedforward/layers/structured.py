@@ -8,10 +8,15 @@ from typing import Literal, Self
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
+from feedforward.layers.autocast import without_autocast
 from feedforward.timing import interleaved
 
 Init = Literal["spectral", "orthonormal", "gaussian"]
+
+# whether a transform of torch.func is at work
+_transforming = torch._C._are_functorch_transforms_active
 
 INITS: tuple[Init, ...] = ("spectral", "orthonormal", "gaussian")
 
@@ -125,7 +130,7 @@ class StructuredLinear(nn.Module):
             device=self.v.device,
             dtype=self.v.dtype,
         )
-        with torch.no_grad():
+        with torch.no_grad(), without_autocast(self.v.device.type):
             linear.weight.copy_(self.dense_weight())
             if self.bias is not None:
                 linear.bias.copy_(self.bias)
@@ -545,10 +550,17 @@ class PreMerged(nn.Module):
     ``book/foundations/03-structured-matrices`` and ``book/structured-ffn/04-decoding``.
 
     W is the buffer `merged` (M, N). It is in no checkpoint, and None in training mode, which always
-    uses V and U. It is made by ``eval()``, and anew when the weights were loaded or changed in
-    place in eval mode (a compiled module sees only the loading; call `merge` there). Where
-    gradients of V and U are wanted (``requires_grad``, outside of ``torch.no_grad()``) V and U are
-    used whatever the number of tokens. ``feedforward.surgery.premerge`` does it to a whole model.
+    uses V and U. It is made by ``eval()``, and anew when the weights were loaded, replaced or
+    changed in place in eval mode, or after a forward pass with their gradients, which an optimizer
+    may have followed up. What leaves no trace is not seen: writing to ``.data``, through numpy, or
+    in place to weights made under ``torch.inference_mode()``; the step of a fused optimizer without
+    such a forward pass before it; and anything but loading in a compiled module. Call `merge` then.
+
+    V and U are used, whatever the number of tokens, where their gradients are wanted
+    (``requires_grad``, outside of ``torch.no_grad()``), under the transforms of ``torch.func``, in
+    the replicas of ``nn.DataParallel``, and where V, U or the bias are not the layer's own
+    parameters, as under weight norm and pruning. ``feedforward.surgery.premerge`` does it to a
+    whole model.
 
     Args:
         layer: a `LowRank`, `BlockShuffle` or `BlockDense`; it is kept as ``.layer``, and its keys
@@ -595,6 +607,11 @@ class PreMerged(nn.Module):
         # a step of decoding on a GPU is over in microseconds: what a module keeps is read from its
         # dicts, which takes a tenth of the time that its attributes do
         layer = self._modules["layer"]
+        weights = layer._parameters
+        if _transforming() or not ("v" in weights and "u" in weights and "bias" in weights):
+            return layer(x)
+        if torch.is_grad_enabled():
+            self._distrust(layer)
         few = x.numel() <= self.threshold * self.in_features
         # a wrong width is the structured layer's to report
         fits = x.dim() > 0 and x.shape[-1] == self.in_features
@@ -607,10 +624,11 @@ class PreMerged(nn.Module):
             self.merge()
         return F.linear(x, self._buffers["merged"], layer._parameters["bias"])
 
-    @torch.no_grad()
     def merge(self) -> None:
         """Make the dense weight from the present V and U."""
-        with torch.autocast(self.layer.v.device.type, enabled=False):
+        # no tensor of inference mode: autograd may come by with frozen weights
+        autocast = without_autocast(self.layer.v.device.type)
+        with torch.inference_mode(False), torch.no_grad(), autocast:
             self.merged = self.layer.dense_weight()
         self._merged_from = self._versions()
 
@@ -651,9 +669,19 @@ class PreMerged(nn.Module):
         # a compiled graph cannot ask for versions
         return not torch.compiler.is_compiling() and self._merged_from != self._versions()
 
-    def _versions(self) -> tuple[tuple[int, int], tuple[int, int]]:
-        """Changes whenever V or U does."""
+    def _distrust(self, layer: StructuredLinear) -> None:
+        """Where gradients of the weights are recorded, W is made anew before its next use.
+
+        What takes the gradients up may write past the count of changes, as fused optimizers do.
+        """
+        if not torch.compiler.is_compiling() and (layer.v.requires_grad or layer.u.requires_grad):
+            self._merged_from = None
+
+    def _versions(self) -> tuple[tuple[int, int], tuple[int, int]] | None:
+        """Changes whenever V or U does; None where they are not the layer's own."""
         weights = self._modules["layer"]._parameters
+        if "v" not in weights or "u" not in weights:
+            return None
         return _version(weights["v"]), _version(weights["u"])
 
 
@@ -712,7 +740,7 @@ def search_threshold(ratio: Callable[[int], float], *, largest: int = 1024) -> i
     """Up to how many tokens the dense weight should be used.
 
     Asks for 1, 2, 4, ... tokens until V and U have clearly won twice in a row, and then between the
-    last of these numbers that the dense weight should be used for and the next.
+    last of these numbers that the dense weight should be used for and the next, or `largest`.
 
     Args:
         ratio: of a number of tokens, the time with the dense weight over that with V and U.
@@ -738,7 +766,8 @@ def search_threshold(ratio: Callable[[int], float], *, largest: int = 1024) -> i
         lost = lost + 1 if r > 1.02 else 0
         tokens *= 2
     threshold = min(total, key=total.get)
-    beyond = 2 * threshold if 2 * threshold in total else threshold + 1
+    # where the dense weight won to the end, there may be numbers left up to `largest`
+    beyond = 2 * threshold if 2 * threshold in total else min(2 * threshold, largest + 1)
     while beyond - threshold > 1:
         middle = (threshold + beyond) // 2
         threshold, beyond = (middle, beyond) if ratio(middle) <= 1 else (threshold, middle)
@@ -770,8 +799,12 @@ def _by_blocks(x: Tensor, blocks: int) -> Tensor:
 
 def _allows_out(x: Tensor) -> bool:
     """Whether a product may write into a tensor that is there already."""
-    tracked = torch.is_grad_enabled() or torch.compiler.is_compiling()
-    return not tracked and not torch.is_autocast_enabled(x.device.type)
+    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+        return False
+    # transforms of functions and forward-mode derivatives go on without a graph
+    if _transforming() or forward_ad._current_level >= 0:
+        return False
+    return not x.is_meta and not torch.is_autocast_enabled(x.device.type)
 
 
 def _polar(weight: Tensor) -> Tensor:

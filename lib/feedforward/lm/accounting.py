@@ -11,6 +11,7 @@ from types import MappingProxyType
 from feedforward.layers.cost import PAPER_SHAPES, breakdown, count
 from feedforward.lm.experiment import LanguageModelConfig, guide_parameters, training_flops
 from feedforward.lm.model import EXPERTS, STRUCTURED
+from feedforward.lm.scaling import PERPLEXITIES
 from feedforward.profiles import Plan
 
 A100_FLOPS = 312e12
@@ -61,47 +62,11 @@ def _printed() -> dict[str, dict[str, Figure]]:
         "wide-structured-guided-l": 464e6,
     }.items():
         figures[variant] = {"parameters": Figure(parameters, "I")}
-    for variant, perplexity in _PERPLEXITY.items():
-        value, mark = perplexity.split()
-        figures.setdefault(variant, {})["validation perplexity"] = Figure(float(value), mark)
+    for variant, row in PERPLEXITIES.items():
+        for size, printed in row.items():
+            figures.setdefault(f"{variant}-{size}", {})["validation perplexity"] = Figure(*printed)
     return figures
 
-
-_PERPLEXITY = {
-    "dense-s": "25.97 D",
-    "dense-m": "18.29 I",
-    "dense-l": "14.29 I",
-    "dense-xl": "12.46 I",
-    "lowrank-63-s": "27.16 D",
-    "lowrank-63-m": "19.14 D",
-    "lowrank-63-l": "14.81 D",
-    "lowrank-63-xl": "12.86 I",
-    "lowrank-32-s": "29.22 D",
-    "lowrank-32-m": "20.59 D",
-    "lowrank-32-l": "15.68 D",
-    "lowrank-32-xl": "13.55 I",
-    "blockdense-63-xl": "12.97 I",
-    "blockdense-32-s": "29.17 T",
-    "blockdense-32-xl": "13.74 I",
-    "blockshuffle-63-xl": "12.98 I",
-    "blockshuffle-32-s": "29.95 T",
-    "blockshuffle-32-m": "21.12 T",
-    "blockshuffle-32-xl": "13.81 I",
-    "lowrank-32-guided-s": "26.75 D",
-    "lowrank-32-guided-m": "18.6 D",
-    "lowrank-32-guided-l": "14.7 D",
-    "lowrank-32-guided-xl": "12.87 D",
-    "lowrank-32-equal-flops-s": "26.9 D",
-    "lowrank-32-equal-flops-m": "18.85 D",
-    "lowrank-32-equal-flops-l": "14.75 D",
-    "lowrank-32-equal-flops-xl": "12.75 D",
-    "gqa-m": "18.23 I",
-    "wide-structured-m": "17.89 I",
-    "wide-structured-guided-m": "18.04 I",
-    "gqa-l": "14.40 I",
-    "wide-structured-l": "14.27 I",
-    "wide-structured-guided-l": "14.40 I",
-}
 
 PRINTED: Mapping[str, Mapping[str, Figure]] = MappingProxyType(_printed())
 """The figures of arXiv 2406.16450 by variant of the profile `paper`, and by quantity.

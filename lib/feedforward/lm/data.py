@@ -373,8 +373,9 @@ def load_text(
             configuration: ``"hub:owner/name:config"``). None asks `default_source`.
         vocabulary: Number of BPE tokens, from 257 (256 bytes and the end of text) to 65,536.
         tokens: Training tokens to stream from the hub, where there are as many; the other sources
-            are read whole. They are kept in two bytes each. More tokens extend the training text:
-            from 20 million on, tokeniser and held-out text stay as they are.
+            are read whole. They are kept in two bytes each. From 20 million on, more tokens leave
+            the tokeniser as it is and extend the texts: the held-out ones as well, by about a
+            fiftieth of that, up to ten million each. So runs are compared on one number of tokens.
 
     Raises:
         DataError: When the text is missing, damaged, empty, undecodable or too short.
@@ -630,11 +631,12 @@ def evaluation_batches(
         tokens: (N,) token ids.
         batch: Sequences a batch.
         context: Tokens a sequence.
-        limit: At most about this many targets, in windows spread evenly over the text; None: all.
+        limit: At most about this many targets, in windows spread evenly over the text; None, or as
+            many as there are: all.
 
     Yields:
-        Inputs and targets, both (at most batch, context); without a limit the remainder of the text
-        comes last, as one shorter sequence. A text too short for a window is such a remainder.
+        Inputs and targets, both (at most batch, context); of the whole text the remainder comes
+        last, as one shorter sequence.
     """
     windows = (len(tokens) - 1) // context
     chosen = np.arange(windows)
@@ -647,6 +649,6 @@ def evaluation_batches(
         rows = torch.from_numpy(rows)
         yield rows[:, :-1], rows[:, 1:]
     rest = tokens[windows * context :].astype(np.int64)
-    if (limit is None or not windows) and len(rest) > 1:
+    if (limit is None or limit >= len(tokens) - 1) and len(rest) > 1:
         rest = torch.from_numpy(rest)[None]
         yield rest[:, :-1], rest[:, 1:]

@@ -9,7 +9,7 @@ from itertools import pairwise
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor
+from torch import Tensor, nn
 
 from feedforward.lm.model import Decoder, KeyValueCache
 from feedforward.surgery import premerge
@@ -42,7 +42,7 @@ def generate(
     it alone gives other tokens with and without a cache, or in other company.
 
     Args:
-        model: The decoder; it runs in eval mode and keeps the mode that it has.
+        model: The decoder; it runs in eval mode, and all its modules keep the modes they have.
         tokens: (B, T) int64, or a list of B prompts of one token or more each.
         length: How many tokens to add.
         temperature: As `sample` takes it.
@@ -70,14 +70,14 @@ def generate(
     """
     prompts, padding = _prompts(tokens, model)
     rows, start = prompts.shape
-    _check(model, rows, start, length, stop, generator)
-    _check_draw(temperature, top_k, top_p)
+    _check(model, rows, start, length, temperature, top_k, top_p, stop, generator)
     out = prompts.new_zeros(rows, start + length)
     out[:, :start] = prompts
     done = torch.zeros(rows, dtype=torch.bool, device=out.device)
     memory = [KeyValueCache(start + length) for _ in model.blocks] if cache else None
-    training = [module for module in model.modules() if module.training]
-    model.eval()
+    modes = [(module, module.training) for module in model.modules()]
+    if any(training for _, training in modes):
+        model.eval()
     try:
         for end in range(start, start + length):
             new = out[:, end - 1 : end] if cache and end > start else out[:, :end]
@@ -97,8 +97,7 @@ def generate(
                 out = out[:, : end + 1]
                 break
     finally:
-        for module in training:
-            module.training = True
+        _set_modes(modes)
     if isinstance(tokens, Tensor):
         return out
     skipped = [0] * rows if padding is None else padding.tolist()
@@ -118,7 +117,8 @@ def sample(
     Args:
         logits: (B, vocabulary).
         temperature: Divides the logits; 0 takes the most probable token.
-        top_k: Draw among this many most probable tokens; None: among all.
+        top_k: Draw among this many most probable tokens, which 1 makes the most probable one; None:
+            among all.
         top_p: Draw among the fewest most probable tokens that have this probability together
             (nucleus sampling, arXiv 1904.09751), after `top_k`; None: among all.
         generator: Source of the draws on any device, or one for each row, whose tokens then do not
@@ -128,20 +128,27 @@ def sample(
         (B,) int64.
 
     Raises:
-        ValueError: When a number is out of range.
+        ValueError: When the logits are not (B, vocabulary), a number is out of range, or there are
+            not as many generators as rows.
 
     >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0)
     tensor([1])
     """
-    _check_draw(temperature, top_k, top_p)
+    if logits.dim() != 2:
+        raise ValueError(
+            f"logits have shape {tuple(logits.shape)}; give (B, vocabulary), a single row as "
+            "logits[None]"
+        )
+    _check_drawing(logits.shape[0], temperature, top_k, top_p, generator)
     if temperature == 0 or top_k == 1:
         return logits.argmax(-1)
     logits = logits.float()
     if top_k is not None and top_k < logits.shape[-1]:
-        values, tokens = logits.topk(top_k)  # by place, for equal scores are common in bf16
-        logits = torch.full_like(logits, -torch.inf).scatter(-1, tokens, values)
-    # the largest is 0, so that no temperature is too small that is not nothing in float32
-    temperature = max(temperature, torch.finfo(torch.float32).tiny)
+        # by place and not by score, since several may have the least score
+        least = logits.topk(top_k)
+        logits = torch.full_like(logits, -torch.inf).scatter(-1, least.indices, least.values)
+    # the largest is 0, so that no temperature is too small that is a number in float32
+    temperature = max(temperature, torch.finfo(logits.dtype).tiny)
     logits = (logits - logits.amax(-1, keepdim=True)) / temperature
     probabilities = logits.softmax(-1)
     if top_p is not None:
@@ -164,6 +171,13 @@ def _exponential(like: Tensor, generator: Generators) -> Tensor:
         torch.empty(like.shape[-1:], device=g.device).exponential_(generator=g) for g in generator
     ]
     return torch.stack(each).to(like.device)
+
+
+def _set_modes(modes: Sequence[tuple[nn.Module, bool]]) -> None:
+    """Bring modules back to the modes they had, parents first."""
+    for module, training in modes:
+        if module.training != training:
+            module.train(training)
 
 
 def _prompts(
@@ -196,7 +210,7 @@ def _prompts(
     return prompts.long(), padding
 
 
-def _check(model, rows, start, length, stop, generator) -> None:
+def _check(model, rows, start, length, temperature, top_k, top_p, stop, generator) -> None:
     context, vocabulary = model.config.context, model.config.vocabulary
     if length < 0:
         raise ValueError(f"length is {length}; give how many tokens to add, from 0")
@@ -208,19 +222,20 @@ def _check(model, rows, start, length, stop, generator) -> None:
         )
     if stop is not None and not 0 <= stop < vocabulary:
         raise ValueError(f"stop is {stop}; give a token from 0 to {vocabulary - 1}, or None")
+    _check_drawing(rows, temperature, top_k, top_p, generator)
+
+
+def _check_drawing(rows, temperature, top_k, top_p, generator) -> None:
+    if not 0 <= temperature < math.inf:
+        raise ValueError(f"temperature is {temperature}; give 0 (greedy) or more")
+    if top_k is not None and not (isinstance(top_k, int) and top_k >= 1):
+        raise ValueError(f"top_k is {top_k}; give a whole number from 1, or None")
+    if top_p is not None and not 0 < top_p <= 1:
+        raise ValueError(f"top_p is {top_p}; give a probability above 0, or None")
     if isinstance(generator, Sequence) and len(generator) != rows:
         raise ValueError(
             f"there are {len(generator)} generators for {rows} rows; give one for each"
         )
-
-
-def _check_draw(temperature, top_k, top_p) -> None:
-    if not 0 <= temperature < math.inf:
-        raise ValueError(f"temperature is {temperature}; give 0 (greedy) or more")
-    if top_k is not None and top_k < 1:
-        raise ValueError(f"top_k is {top_k}; give at least 1, or None")
-    if top_p is not None and not 0 < top_p <= 1:
-        raise ValueError(f"top_p is {top_p}; give a probability above 0, or None")
 
 
 def _end(row: Tensor, start: int, stop: int | None) -> int:

@@ -301,7 +301,8 @@ def run(
         over that of an even load, ``max share`` its largest share.
 
     Raises:
-        DataError: When the text is missing or damaged.
+        DataError: When the text is missing or damaged, or what is held out is shorter than a
+            context.
         TrainingError: When the loss is no longer finite.
     """
     return _run_in(run_directory(run, config), config, progress, device)
@@ -343,11 +344,12 @@ def _train(
         )
     text = _text(config)
     context = config.model.context
-    for split in ("validation", "test"):
-        if (there := len(getattr(text, split))) < 2:
+    for split in ("validation", "test"):  # told before hours of training
+        if (tokens := text.details[split]["tokens"]) <= context:
             raise DataError(
-                f"the {split} text of {config.source!r} has {there} tokens, and a loss needs two: "
-                "give more text"
+                f"the {split} text of {text.source} has {tokens} tokens, which is not one sequence "
+                f"of the context of {context} and the token after it; give more text, or a shorter "
+                "context"
             )
     seed_everything(config.seed)
     model = Decoder(config.model)
@@ -564,6 +566,9 @@ def measure(model: torch.nn.Module, pairs) -> dict:
         ``loss`` in nats per token; with experts also ``load`` (a list per layer: share of choices
         by expert), ``load entropy`` and ``max share`` and ``routing entropy`` (a number per
         layer), and ``balance loss`` (of the whole text, mean over the layers; 1 when even).
+
+    Raises:
+        ValueError: When there is no target.
     """
     model.eval()
     device = next(model.parameters()).device
@@ -579,6 +584,8 @@ def measure(model: torch.nn.Module, pairs) -> dict:
         chosen.append([weight * load(r).double() for r in routings])
         believed.append([weight * r.probabilities.mean(0).double() for r in routings])
         entropies.append([weight * routing_entropy(r).double() for r in routings])
+    if not tokens:
+        raise ValueError("there is no target to measure; give a text of two tokens or more")
     measured: dict = {"loss": total / tokens}
     if chosen and chosen[0]:
         shares = torch.stack([torch.stack(parts) for parts in chosen]).sum(0) / tokens

@@ -5,6 +5,7 @@ embeddings. Attention and embeddings stay dense; what stands in the place of the
 layer is a matter of the configuration.
 """
 
+import math
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from functools import partial
@@ -141,13 +142,20 @@ class DecoderConfig:
                 f"kv_heads {self.kv_heads} must divide heads {self.heads}: each key head serves "
                 "the same number of query heads"
             )
-        if self.std <= 0 or self.eps <= 0 or self.rope_base <= 1:
+        if not (self.std > 0 and self.eps > 0 and self.rope_base > 1):
             raise ValueError(
                 f"std {self.std} and eps {self.eps} must be positive, "
                 f"rope_base {self.rope_base} above 1"
             )
         if self.dense_layers is not None and not 0 <= self.dense_layers <= self.layers:
             raise ValueError(f"dense_layers is {self.dense_layers}; allowed: 0 to {self.layers}")
+        if not 0 <= self.jitter < 1:
+            raise ValueError(f"jitter is {self.jitter}; choose it from [0, 1), 0 for none")
+        if self.capacity_factor is not None and not 0 < self.capacity_factor < math.inf:
+            raise ValueError(
+                f"capacity_factor is {self.capacity_factor}; it must be positive, or None for no "
+                "limit"
+            )
         self._check_structure()
         if self.init is not None:
             _one_of("init", self.init, INITS)
@@ -162,6 +170,9 @@ class DecoderConfig:
                 f"hidden {self.ffn_hidden} is not divisible by k {self.k}, so that active FLOPs "
                 "cannot equal the dense layer's: give expert_hidden"
             )
+        if self.ffn in STRUCTURED:
+            for widths in ((self.width, self.ffn_hidden), (self.ffn_hidden, self.width)):
+                self.structured()(*widths, device="meta")  # what fits no such layer is an error
 
     def _check_structure(self) -> None:
         given = {name for name in ("share", "rank", "blocks") if getattr(self, name) is not None}
@@ -451,7 +462,7 @@ class Attention(nn.Module):
             y = attend(q, k, v)
         else:
             y = attend_to(q, k, v, span.visible)
-        return self.output(y.transpose(1, 2).reshape(rows, length, -1))
+        return self.output(y.transpose(1, 2).reshape(rows, length, self.heads * self.per_head))
 
 
 def attend(q: Tensor, k: Tensor, v: Tensor) -> Tensor:
@@ -513,6 +524,30 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
     return x * cosines.to(x.dtype) + turned * sines.to(x.dtype)
 
 
+def rotary_tables(
+    config: DecoderConfig,
+    *,
+    dtype: torch.dtype = torch.float32,
+    device: torch.device | str | None = None,
+) -> tuple[Tensor, Tensor]:
+    """Cosines and sines that `rotate` takes, for every position of the context.
+
+    Args:
+        config: Gives the context, the width of a head and the base of the wavelengths.
+        dtype: Of the tables; the angles are computed in it, in float32 at least.
+        device: Where they are made.
+
+    Returns:
+        Two tensors (context, width of a head).
+    """
+    exact = torch.promote_types(dtype, torch.float32)
+    each = torch.arange(0, config.per_head, 2, device=device).to(exact) / config.per_head
+    angles = torch.arange(config.context, device=device).to(exact)[:, None]
+    angles = angles / config.rope_base**each
+    angles = torch.cat((angles, angles), dim=-1)
+    return angles.cos().to(dtype), angles.sin().to(dtype)
+
+
 class Block(nn.Module):
     """Attention and a feed-forward layer, each behind a norm and added to the residual stream."""
 
@@ -534,6 +569,9 @@ class Block(nn.Module):
 class Decoder(nn.Module):
     """A language model (arXiv 2406.16450, section 4), with any feed-forward layer.
 
+    Made on the meta device it is filled by ``to_empty`` and loading, or by loading with
+    ``assign=True``; then it has its tied head and its rotary tables as well.
+
     Chapters: ``book/foundations/02-mixture-of-experts``,
     ``book/foundations/03-structured-matrices``; generation in ``book/structured-ffn/04-decoding``.
 
@@ -552,16 +590,31 @@ class Decoder(nn.Module):
         if config.positions == "learned":
             self.positions = nn.Embedding(config.context, config.width)
         else:
-            wavelengths = config.rope_base ** (
-                torch.arange(0, config.per_head, 2).float() / config.per_head
-            )
-            angles = torch.arange(config.context).float()[:, None] / wavelengths
-            angles = torch.cat((angles, angles), dim=-1)
-            self.register_buffer("cosines", angles.cos(), persistent=False)
-            self.register_buffer("sines", angles.sin(), persistent=False)
+            cosines, sines = rotary_tables(config)
+            self.register_buffer("cosines", cosines, persistent=False)
+            self.register_buffer("sines", sines, persistent=False)
         self.apply(self._initialise)
         if config.tied:
             self.head.weight = self.embedding.weight
+        self.register_load_state_dict_post_hook(_complete_after_loading)
+
+    def _apply(self, fn: Callable[[Tensor], Tensor], recurse: bool = True) -> "Decoder":
+        """What ``to``, ``double`` and ``to_empty`` go through: it keeps the tie and the tables."""
+        tied = self.head.weight is self.embedding.weight
+        tables = getattr(self, "cosines", None)
+        super()._apply(fn, recurse)
+        if tied:
+            self.head.weight = self.embedding.weight
+        # of another type they are made anew, as exact as that type is; from meta comes nothing
+        if tables is not None and (tables.dtype != self.cosines.dtype or tables.is_meta):
+            self._fill_tables()
+        return self
+
+    def _fill_tables(self) -> None:
+        device, dtype = self.embedding.weight.device, self.cosines.dtype
+        if device.type != "meta":
+            tables = rotary_tables(self.config, dtype=dtype, device="cpu")
+            self.cosines, self.sines = (table.to(device) for table in tables)
 
     def _initialise(self, module: nn.Module) -> None:
         """The same Gaussian everywhere; structured layers and routers drew their own."""
@@ -596,7 +649,7 @@ class Decoder(nn.Module):
             Logits (B, T, vocabulary); with targets the mean cross-entropy, a scalar in nats.
 
         Raises:
-            ValueError: When the sequence is longer than the context.
+            ValueError: When the tokens are not (B, T), or T is longer than the context.
         """
         logits = self.head(self.states(tokens, padding=padding, cache=cache))
         if targets is None:
@@ -623,8 +676,14 @@ class Decoder(nn.Module):
             (B, T, width); of padding without meaning.
 
         Raises:
-            ValueError: When the tokens, those in the cache included, are more than the context.
+            ValueError: When the tokens are not (B, T), or with those in the cache more than the
+                context.
         """
+        if tokens.dim() != 2:
+            raise ValueError(
+                f"tokens have shape {tuple(tokens.shape)}; give (B, T), a single sequence as "
+                "tokens[None]"
+            )
         length = tokens.shape[-1]
         start = cache[0].length if cache else 0
         end = start + length
@@ -656,6 +715,15 @@ class Decoder(nn.Module):
         for block, memory in zip(self.blocks, cache or [None] * len(self.blocks), strict=True):
             x = block(x, span, memory)
         return self.norm(x)
+
+
+def _complete_after_loading(model: Decoder, incompatible_keys) -> None:
+    """Loading with ``assign=True`` gives a model made on meta weights, but no tie and no tables."""
+    if model.config.tied and model.head.weight is not model.embedding.weight:
+        model.head.weight = model.embedding.weight
+    if model.config.positions == "rotary" and model.cosines.is_meta:
+        model.cosines = model.cosines.to(model.embedding.weight.dtype)
+        model._fill_tables()
 
 
 _GPT2_ACTIVATIONS = {

@@ -2,7 +2,7 @@
 
 import inspect
 from collections.abc import Callable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import NamedTuple
 
 import torch
@@ -50,9 +50,9 @@ class FeedForward:
     linears: tuple[nn.Module, ...]
     _places: tuple[Place, ...] = field(repr=False)  # of the linear maps
     _activation: Place = field(repr=False)
-    _whole: Place | None = field(repr=False)  # of a module that is this FFN and nothing else
+    _whole: tuple[Place, ...] = field(repr=False)  # all, of a module that is this FFN alone
     _dropout: nn.Module | None = field(repr=False)  # on the output of that module
-    _block: nn.Module | None = field(repr=False)  # which is given the attention mask
+    _blocks: tuple[nn.Module, ...] = field(repr=False)  # which are given the attention mask
 
     @property
     def bias(self) -> bool:
@@ -132,8 +132,9 @@ def find_ffns(model: nn.Module) -> list[FeedForward]:
         model: the model.
 
     Returns:
-        The FFNs in the order in which the model registers them. Those that were replaced by
-        something else are missing, but the numbers of the others count them.
+        The FFNs in the order in which the model registers them; one that several blocks share
+        comes once. Those that were replaced by something else are missing, but the numbers of the
+        others count them.
     """
     return [ffn for ffn in places_of_ffns(model) if ffn is not None]
 
@@ -144,17 +145,38 @@ REPLACED = "_replaces_ffn"
 
 def places_of_ffns(model: nn.Module) -> list[FeedForward | None]:
     """The FFNs by number; None where one was replaced."""
-    places, seen = [], set()
+    places, seen, paths = [], {}, list(_walk(model))
     with torch.no_grad(), torch.random.fork_rng(devices=[]):
-        for path, name, repeated in _walk(model):
+        for path, name, repeated in paths:
             module = path[-1]
+            if id(module) in seen:
+                continue
             if getattr(module, REPLACED, False):
+                seen[id(module)] = None
                 places.append(None)
-            elif repeated and id(module) not in seen:
-                seen.add(id(module))
+            elif repeated:
+                seen[id(module)] = None
                 if ffn := _match(path, name, len(places)):
+                    seen[id(module)] = ffn.index
                     places.append(ffn)
+    everywhere: dict[int, list[tuple[list[nn.Module], str]]] = {}
+    for path, name, _ in paths:
+        if (index := seen.get(id(path[-1]))) is not None:
+            everywhere.setdefault(index, []).append((path, name))
+    for index, found in everywhere.items():
+        if len(found) > 1:
+            places[index] = _shared(places[index], found)
     return places
+
+
+def _shared(ffn: FeedForward, found: list[tuple[list[nn.Module], str]]) -> FeedForward:
+    """The FFN, with all places in which its module is found."""
+    whole = ()
+    if ffn._whole:
+        places = [Place(path[-2], name.rpartition(".")[2]) for path, name in found]
+        whole = tuple({(id(place.owner), place.name): place for place in places}.values())
+    blocks = {id(block): block for path, _ in found if (block := _masked_block(path))}
+    return replace(ffn, _whole=whole, _blocks=tuple(blocks.values()))
 
 
 def _walk(model: nn.Module) -> Iterator[tuple[list[nn.Module], str, bool]]:
@@ -165,7 +187,8 @@ def _walk(model: nn.Module) -> Iterator[tuple[list[nn.Module], str, bool]]:
         module = path[-1]
         if getattr(module, REPLACED, False):
             return
-        children = list(module.named_children())
+        # not named_children, which leaves out what stands there twice
+        children = [(key, child) for key, child in module._modules.items() if child is not None]
         stack = isinstance(module, nn.ModuleList) or (
             isinstance(module, nn.Sequential) and len({type(child) for _, child in children}) == 1
         )
@@ -185,14 +208,14 @@ def _match(path: list[nn.Module], name: str, index: int) -> FeedForward | None:
     if len(activations) != 1:
         return None
     activation = Place(owner, activations[0])
-    block = next((m for m in reversed(path) if "attention_mask" in forward_parameters(m)), None)
+    block = _masked_block(path)
 
-    def ffn(places, dim, hidden, gated, whole=None, dropout=None):
+    def ffn(places, dim, hidden, gated, whole=(), dropout=None):
         modules = tuple(getattr(place.owner, place.name) for place in places)
         function = getattr(owner, activations[0])
         return FeedForward(
             index, name, dim, hidden, gated, function, modules,
-            tuple(places), activation, whole, dropout, block,
+            tuple(places), activation, whole, dropout, (block,) if block else (),
         )  # fmt: skip
 
     if len(linears) == 1:  # BERT: the second linear map is in the next module
@@ -214,11 +237,16 @@ def _match(path: list[nn.Module], name: str, index: int) -> FeedForward | None:
             if not followed.alone or len(path) < 2:
                 return ffn(places, dim, hidden, followed.gated)
             whole = Place(path[-2], name.rpartition(".")[2])
-            return ffn(places, dim, hidden, followed.gated, whole, followed.dropout)
+            return ffn(places, dim, hidden, followed.gated, (whole,), followed.dropout)
         if not alone and sizes == {(dim, hidden)} and len(into) == 1:
             # BART: one module with attention and norms, too much to follow
             return ffn([Place(owner, into[0]), Place(owner, down)], dim, hidden, gated=False)
     return None
+
+
+def _masked_block(path: list[nn.Module]) -> nn.Module | None:
+    """The innermost module of the path that is given the attention mask."""
+    return next((m for m in reversed(path) if "attention_mask" in forward_parameters(m)), None)
 
 
 def features(module: nn.Module) -> tuple[int, int] | None:

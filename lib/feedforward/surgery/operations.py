@@ -18,7 +18,7 @@ from feedforward.surgery.finding import (
     places_of_ffns,
 )
 from feedforward.surgery.padding import watch_masks
-from feedforward.surgery.recording import described_as, record
+from feedforward.surgery.recording import described_as, record, refresh
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -78,7 +78,8 @@ def replace_ffn(
       connection stay (BERT has them in the module of the second map); dropout on the hidden
       activations goes.
 
-    An ``MoE`` in a block that is given an attention mask gets the mask of real tokens at every
+    What several blocks share is replaced once and in all of them. An ``MoE`` in a block that is
+    given an attention mask gets the mask of real tokens at every
     call, so that padding is never routed. Nothing is kept between calls, so activation
     checkpointing and several threads are no matter; ``torch.compile`` breaks its graph there. What
     was done is recorded in ``model.config.feedforward``, from which ``load`` repeats it. Explained
@@ -97,7 +98,8 @@ def replace_ffn(
 
     Raises:
         ValueError: no FFN was found, a number that does not exist or was given twice or is replaced
-            already, or what `build` returned does not fit. The model is then as it was.
+            already, one that shares only a part with another block, or what `build` returned does
+            not fit. The model is then as it was.
 
     >>> from feedforward import MoE, TopKRouter, replace_ffn
     >>> block = nn.Sequential(nn.Linear(16, 64), nn.GELU(), nn.Linear(64, 16))
@@ -137,11 +139,15 @@ def upcycle(
     uniform router, the paper's code (``shared_weight=0.5``) gives 0.5 + 0.5 * 0.25 = 0.625 of the
     dense output, the paper's equation (``shared_weight=None``) 1 + 0.25 = 1.25 of it.
 
-    With `preserve` it starts at exactly the parent's function, to rounding. All experts are equal
-    at the start, so the layer gives m times the parent's output, where m is the sum of the
-    weights. Where m differs from token to token, the router's matrices are scaled by 1e-5, which
-    leaves every choice of the gate as it is (at k of E, each weight is then 1 / E) and m constant:
-    k / E, 1 + k / E or s + (1 - s) * k / E. Then the last weights and biases of all experts, the
+    With `preserve` it starts at the parent's function. All experts are equal at the start, so the
+    layer gives m times the parent's output, where m is the sum of the weights. Where m is the same
+    for every token, what is left is rounding. Where it is not, the router's matrices are scaled by
+    1e-5. That keeps the order of the logits (at k of E, each weight is then about 1 / E) and makes
+    m a constant, k / E, 1 + k / E or s + (1 - s) * k / E, to about 1e-4 of itself, less at widths
+    below a thousand; in float64 too. So near to each other are the probabilities that float32, in
+    which a float32 router chooses, takes some for equal: of random tokens up to four in a hundred,
+    whose best logits hardly differed, go to other experts than before the scaling, which changes
+    no output. Then the last weights and biases of all experts, the
     shared one too, are divided by m. Only the start is fixed: everything trains as usual from
     there. Explained in ``book/foundations/02-mixture-of-experts``.
 
@@ -156,7 +162,7 @@ def upcycle(
         capacity_factor: of the ``MoE``; None never drops a token.
         noise: standard deviation of the Gaussian noise that is added to the weight matrices of
             the routed experts, so that they differ.
-        preserve: start at the parent's function.
+        preserve: start at the parent's function, to the tolerance above.
         layers: numbers of the FFNs, negative ones from the end; None for all.
 
     Returns:
@@ -164,8 +170,9 @@ def upcycle(
 
     Raises:
         ValueError: as in ``replace_ffn``; sizes that ``MoE`` refuses; a negative noise;
-            `preserve` together with noise or a capacity, or with a router whose weights depend on
-            the token even when its matrices are nearly zero. The model is then as it was.
+            `preserve` together with noise or a capacity, with a router whose weights depend on
+            the token even when its matrices are nearly zero, or with `shared` where another part
+            of the model uses the FFN's last weights. The model is then as it was.
     """
     if noise < 0:
         raise ValueError(f"noise is {noise}; a standard deviation is not negative")
@@ -181,11 +188,14 @@ def upcycle(
         "capacity_factor": capacity_factor,
     }
     chosen = choose(model, layers)
+    if preserve and shared:
+        _check_alone(model, chosen)
     made = [upcycled(ffn, router(ffn.dim, experts), **options) for ffn in chosen]
     for ffn, moe in zip(chosen, made, strict=True):
         _copy_weights(ffn, moe, noise)
     factors = [_output_factor(moe) if preserve else 1.0 for moe in made]
     # nothing is changed before everything is made
+    refresh(model)  # guides that were released since, for afterwards the maps are not found
     for ffn, moe, factor in zip(chosen, made, factors, strict=True):
         _scale_output(moe, 1.0 / factor)
         install(ffn, moe)
@@ -209,7 +219,7 @@ def choose(model: nn.Module, layers: Iterable[int] | None) -> list[FeedForward]:
         chosen = [ffn for ffn in places if ffn is not None]
         if not chosen:
             raise ValueError(f"all {total} feed-forward layers have been replaced already")
-        return chosen
+        return _whole_shares(model, chosen)
     chosen = {}
     for number in layers:
         if not -total <= number < total:
@@ -222,7 +232,47 @@ def choose(model: nn.Module, layers: Iterable[int] | None) -> list[FeedForward]:
         if number % total in chosen:
             raise ValueError(f"layers names feed-forward layer {number % total} twice")
         chosen[number % total] = places[number]
-    return [chosen[index] for index in sorted(chosen)]
+    return _whole_shares(model, [chosen[index] for index in sorted(chosen)])
+
+
+def _whole_shares(model: nn.Module, chosen: list[FeedForward]) -> list[FeedForward]:
+    """The same, none of which shares one of its two modules with a block and not the other."""
+    parents = _parents(model)
+    for ffn in chosen:
+        if len({parents.get(id(place.owner)) for place in ffn._places}) > 1:
+            raise ValueError(
+                f"{ffn.name!r} shares only one of its two modules with another block, which would "
+                "be left with half of what is replaced; give each block its own with copy.deepcopy"
+            )
+    return chosen
+
+
+def _parents(model: nn.Module) -> dict[int, frozenset[int]]:
+    """Of each module, by id: the ids of the modules that hold it."""
+    parents: dict[int, frozenset[int]] = {}
+    for parent in model.modules():
+        for child in parent._modules.values():
+            parents[id(child)] = parents.get(id(child), frozenset()) | {id(parent)}
+    return parents
+
+
+def _check_alone(model: nn.Module, chosen: list[FeedForward]) -> None:
+    """Raise a `ValueError` if something else uses the weights that `preserve` divides."""
+    parents, users = _parents(model), {}
+    for module in model.modules():
+        for weight in module._parameters.values():
+            users[id(weight)] = users.get(id(weight), 0) + 1
+    for ffn in chosen:
+        down = ffn.linears[-1]
+        inside = [id(m) for m in down.modules()]
+        if any(len(parents.get(m, ())) > 1 for m in inside) or any(
+            users.get(id(weight), 0) > 1 for weight in down.parameters()
+        ):
+            raise ValueError(
+                f"the last linear map of {ffn.name!r} is used elsewhere in the model too, and "
+                "preserve=True would change it there; give this FFN its own with copy.deepcopy, or "
+                "leave out preserve or shared"
+            )
 
 
 def check_built(
@@ -236,7 +286,7 @@ def check_built(
                     f"build returned a {type(new).__name__} with {name}={getattr(new, name)} for "
                     f"{ffn.name!r}; one module must map {ffn.dim} to {ffn.dim}"
                 )
-        if ffn._whole is None and ffn.gated:
+        if not ffn._whole and ffn.gated:
             raise ValueError(
                 f"{ffn.name!r} does more than its gated FFN, so that no single module can take its "
                 "place; let build return one module for each linear map"
@@ -268,13 +318,14 @@ def install(ffn: FeedForward, new: nn.Module | tuple[nn.Module, ...]) -> None:
         for place, module in zip(ffn._places, new, strict=True):
             place.put(module)
         return
-    if ffn._whole is not None:
+    if ffn._whole:
         body = new
         if ffn._dropout is not None:
             new = nn.Sequential()
             new.add_module("body", body)
             new.add_module("dropout", ffn._dropout)
-        ffn._whole.put(new)
+        for place in ffn._whole:
+            place.put(new)
     else:
         up, down = ffn._places
         up.put(new)
@@ -282,8 +333,8 @@ def install(ffn: FeedForward, new: nn.Module | tuple[nn.Module, ...]) -> None:
         down.put(nn.Identity())
     setattr(new, REPLACED, True)
     mixtures = [module for module in new.modules() if isinstance(module, MoE)]
-    if mixtures and ffn._block is not None:
-        watch_masks(ffn._block, mixtures)
+    if mixtures:
+        watch_masks(ffn._blocks, mixtures)
 
 
 def upcycled(

@@ -2,7 +2,7 @@
 
 import contextvars
 import inspect
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from functools import partial
 
 import torch
@@ -20,16 +20,19 @@ _mask_again: contextvars.ContextVar[Tensor | None] = contextvars.ContextVar(
 )
 
 
-def watch_masks(block: nn.Module, mixtures: list[MoE]) -> None:
-    """Let the mixtures of experts in a block know which tokens are real."""
-    if _drop_mask not in block._forward_hooks.values():
+def watch_masks(blocks: Iterable[nn.Module], mixtures: list[MoE]) -> None:
+    """Let the mixtures of experts in these blocks know which tokens are real."""
+    blocks = list(blocks)
+    for block in blocks:
+        if _drop_mask in block._forward_hooks.values():
+            continue
         _hook(block, _take_mask)
         block.register_forward_hook(_drop_mask, always_call=True)
         inside = (module for module in block.modules() if module is not block)
         attention = next((m for m in inside if "attention_mask" in forward_parameters(m)), None)
         if attention is not None:
             _hook(attention, _take_mask_again)
-    for moe in mixtures:
+    for moe in mixtures if blocks else ():
         moe.register_forward_pre_hook(_give_mask, with_kwargs=True)
 
 

@@ -8,8 +8,14 @@ from torch import nn
 from feedforward.layers.experts import MoE
 from feedforward.layers.guided import SelfGuided
 from feedforward.layers.routing import ScaleAdapterRouter, SwitchRouter, TopKRouter
-from feedforward.layers.structured import BlockDense, BlockShuffle, LowRank, PreMerged
-from feedforward.surgery.finding import DenseFFN, FeedForward, find_ffns
+from feedforward.layers.structured import (
+    BlockDense,
+    BlockShuffle,
+    LowRank,
+    PreMerged,
+    StructuredLinear,
+)
+from feedforward.surgery.finding import DenseFFN, FeedForward, Place, find_ffns
 
 _SIZES = ("in_features", "out_features", "bias")
 # what describes a module, by type: arguments of its constructor
@@ -31,6 +37,8 @@ _RECORDED: dict[type[nn.Module], tuple[str, ...]] = {
 KINDS = {kind.__name__: kind for kind in _RECORDED}
 # stands for the activation of the replaced FFN, or for that FFN as the shared expert
 _PARENT = "parent"
+# what is put around a structured layer wherever it is, after the operation that put the layer in
+_WRAPPERS: tuple[type[nn.Module], ...] = (SelfGuided, PreMerged)
 
 
 class _Unrecorded(Exception):
@@ -98,6 +106,12 @@ def record(model: nn.Module, operation: dict) -> None:
         recorded[-1]["layers"] += operation["layers"]
     else:
         recorded.append(operation)
+    set_record(model, recorded)
+
+
+def set_record(model: nn.Module, recorded: list[dict]) -> None:
+    """Give a Hugging Face model's configuration these operations in the place of its own."""
+    config = model.config
     # another model may have been made of the same configuration object
     changed = copy.deepcopy(config)
     changed.feedforward = recorded
@@ -108,9 +122,38 @@ def record(model: nn.Module, operation: dict) -> None:
 
 def refresh(model: nn.Module) -> None:
     """Describe structured layers anew: ``guided.release`` changes what was recorded."""
-    recorded = getattr(model.config, "feedforward", None) or []
+    recorded = getattr(getattr(model, "config", None), "feedforward", None) or []
     linears = {i: o["linears"] for o in recorded if "linears" in o for i in o["layers"]}
     for ffn in find_ffns(model) if linears else ():
         described = described_as("linears", ffn.linears, ffn)
         if ffn.index in linears and described != {"linears": linears[ffn.index]}:
             record(model, {"operation": "replace_ffn", "layers": [ffn.index], **described})
+
+
+def wrappers(model: nn.Module) -> dict[str, dict | None]:
+    """Of each structured layer: what is around it as JSON, None for nothing, by its path."""
+    found: dict[str, dict | None] = {}
+    for path, module in model.named_modules(remove_duplicate=False):
+        if isinstance(module, _WRAPPERS):
+            names = (name for name in _RECORDED[type(module)] if name != "layer")
+            found[path] = {"type": type(module).__name__}
+            found[path] |= {name: getattr(module, name) for name in names}
+        elif isinstance(module, StructuredLinear) and path.removesuffix(".layer") not in found:
+            found[path] = None
+    return found
+
+
+def wrap(model: nn.Module, at: dict[str, dict | None]) -> None:
+    """Put around the structured layers at these paths what `wrappers` tells of another model."""
+    made: dict[nn.Module, nn.Module] = {}  # a shared layer gets one
+    for path, described in at.items():
+        layer = model.get_submodule(path)
+        layer = layer.layer if isinstance(layer, _WRAPPERS) else layer
+        if layer not in made:
+            options = dict(described or {})
+            kind = KINDS.get(options.pop("type", None))
+            if described is not None and kind not in _WRAPPERS:
+                raise ValueError(f"{described} is nothing to put around a structured layer")
+            made[layer] = kind(layer, **options) if described else layer
+        owner, _, name = path.rpartition(".")
+        Place(model.get_submodule(owner), name).put(made[layer])

@@ -1,15 +1,20 @@
 """Models of Hugging Face with replaced layers: made of a configuration, saved, loaded."""
 
+import copy
 import os
 import shutil
 import tempfile
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+import torch
 from torch import nn
 
+from feedforward.layers.experts import MoE
+from feedforward.layers.guided import SelfGuided
+from feedforward.layers.structured import PreMerged, StructuredLinear
 from feedforward.surgery.operations import check_built, choose, install, upcycled
-from feedforward.surgery.recording import KINDS, refresh, remake
+from feedforward.surgery.recording import KINDS, refresh, remake, set_record, wrap, wrappers
 
 if TYPE_CHECKING:
     from transformers import PreTrainedConfig, PreTrainedModel
@@ -24,14 +29,17 @@ def _replay(model: nn.Module, operations: list) -> None:
     for operation in operations:
         options = dict(operation)
         name, layers = options.pop("operation", None), options.pop("layers", None)
-        if name not in ("replace_ffn", "upcycle"):
+        if name not in ("replace_ffn", "upcycle", "wrap"):
             raise ValueError(
-                f"unknown operation {name!r} in the configuration; this release knows replace_ffn "
-                "and upcycle"
+                f"unknown operation {name!r} in the configuration; this release knows replace_ffn, "
+                "upcycle and wrap"
             )
         if "unrecorded" in options:
             raise ValueError(f"{name} put in a {options['unrecorded']}, which cannot be remade")
         try:
+            if name == "wrap":
+                wrap(model, options["at"])
+                continue
             chosen = choose(model, layers)
             if name == "upcycle":
                 router = options.pop("router")
@@ -74,7 +82,8 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
 
     Raises:
         ValueError: not a model of ``transformers``, a module that cannot be described in the
-            configuration, or a folder with something else in it.
+            configuration, a model that was changed otherwise, so that `load` could not make it
+            again, or a folder with something else in it. Nothing is written then.
         OSError: it cannot be written.
     """
     if not hasattr(model, "save_pretrained"):
@@ -90,6 +99,7 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
                 f"described in the configuration (known are {', '.join(KINDS)}), so load could "
                 "not remake it; save the state_dict() with safetensors.torch.save_file instead"
             )
+    _check_remade(model)
     folder = Path(folder).absolute()
     if folder.exists() and not folder.is_dir():
         raise ValueError(f"{folder} is a file; save takes a folder")
@@ -114,6 +124,45 @@ def save(model: nn.Module, folder: str | os.PathLike) -> None:
             if old.exists():
                 old.rename(folder)
             raise
+
+
+def _check_remade(model: nn.Module) -> None:
+    """Record what is around the structured layers, and see that the record makes the model."""
+    ours = (StructuredLinear, SelfGuided, PreMerged, MoE)
+    recorded = getattr(model.config, "feedforward", None) or []
+    if not recorded and not any(isinstance(module, ours) for module in model.modules()):
+        return
+    operations = [o for o in recorded if o["operation"] != "wrap"]
+    config = copy.deepcopy(model.config)
+    config.feedforward = operations
+    cls = getattr(type(model), "_unoperated", type(model))
+    try:
+        with torch.device("meta"), torch.random.fork_rng(devices=[]):
+            twin = _with_operations(cls)(config)
+    except Exception as error:  # whatever a class of one's own makes of a configuration alone
+        raise ValueError(
+            f"{cls.__name__} cannot be made again from its configuration, as load would: {error}"
+        ) from error
+    made = wrappers(twin)
+    at = {path: it for path, it in wrappers(model).items() if path in made and made[path] != it}
+    if at:
+        operations.append({"operation": "wrap", "layers": [], "at": at})
+        wrap(twin, at)
+    own, theirs = (
+        {name: tuple(weight.shape) for name, weight in m.state_dict().items()}
+        for m in (model, twin)
+    )
+    if wrong := sorted(k for k in own.keys() | theirs.keys() if own.get(k) != theirs.get(k)):
+        name = wrong[0]
+        raise ValueError(
+            f"what is recorded in the configuration does not make this model again: {len(wrong)} "
+            f"weights differ, the first is {name!r}, {own.get(name, 'absent')} in the model and "
+            f"{theirs.get(name, 'absent')} in what load would make. Change models with replace_ffn "
+            "and upcycle, which record it, or save the state_dict() with "
+            "safetensors.torch.save_file instead"
+        )
+    if operations != recorded:
+        set_record(model, operations)
 
 
 def load(folder: str | os.PathLike, cls: "type[PreTrainedModel] | None" = None):
@@ -190,4 +239,5 @@ def _with_operations(cls: "type[PreTrainedModel]") -> "type[PreTrainedModel]":
             _replay(self, getattr(config, "feedforward", None) or [])
 
     Operated.__name__ = cls.__name__  # transformers writes it into configurations
+    Operated._unoperated = cls
     return Operated

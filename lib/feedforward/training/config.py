@@ -1,7 +1,7 @@
 """How a model is trained: every choice, checked."""
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -67,8 +67,9 @@ class TrainingConfig:
         require("final_lr", self.final_lr, lambda v: _is_number(v) and 0 <= v <= 1, "from 0 to 1")
         require("weight_decay", self.weight_decay, _is_nonnegative, "a number from 0")
         require("decay_all", self.decay_all, lambda v: isinstance(v, bool), "True or False")
-        object.__setattr__(self, "betas", tuple(self.betas))
         allowed = "two numbers from 0 and below 1"
+        require("betas", self.betas, lambda v: isinstance(v, Iterable), allowed)
+        object.__setattr__(self, "betas", tuple(self.betas))
         require("betas", self.betas, lambda v: len(v) == 2 and all(map(_is_share, v)), allowed)
         require("ema", self.ema, _or_none(_is_share), "from 0 and below 1, or None")
         if self.schedule not in SCHEDULES:
