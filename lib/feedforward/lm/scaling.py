@@ -200,7 +200,10 @@ PERPLEXITIES: Mapping[str, Mapping[str, tuple[float, str]]] = MappingProxyType(
     }
 )  # fmt: skip
 """Validation perplexities of arXiv 2406.16450 by variant and size, and where each was read: ``T``
-in the text, ``I`` in a picture of a table, ``D`` digitised from a plot."""
+in the text, ``I`` in a picture of a table, ``D`` digitised from a plot.
+
+:meta hide-value:
+"""
 
 
 def _published(variant: str, size: str, perplexity: float, mark: str) -> Published:

@@ -79,11 +79,11 @@ def replace_ffn(
       activations goes.
 
     What several blocks share is replaced once and in all of them. An ``MoE`` in a block that is
-    given an attention mask gets the mask of real tokens at every
-    call, so that padding is never routed. Nothing is kept between calls, so activation
-    checkpointing and several threads are no matter; ``torch.compile`` breaks its graph there. What
-    was done is recorded in ``model.config.feedforward``, from which ``load`` repeats it. Explained
-    in ``book/foundations/02-mixture-of-experts`` and ``book/foundations/03-structured-matrices``.
+    given an attention mask gets the mask of real tokens at every call, so that padding is never
+    routed. Nothing is kept between calls, so activation checkpointing and several threads are no
+    matter; ``torch.compile`` breaks its graph there. What was done is recorded in
+    ``model.config.feedforward``, from which ``load`` repeats it. Explained in
+    ``book/foundations/02-mixture-of-experts`` and ``book/foundations/03-structured-matrices``.
 
     Args:
         model: the model; it is changed.
@@ -147,9 +147,9 @@ def upcycle(
     below a thousand; in float64 too. So near to each other are the probabilities that float32, in
     which a float32 router chooses, takes some for equal: of random tokens up to four in a hundred,
     whose best logits hardly differed, go to other experts than before the scaling, which changes
-    no output. Then the last weights and biases of all experts, the
-    shared one too, are divided by m. Only the start is fixed: everything trains as usual from
-    there. Explained in ``book/foundations/02-mixture-of-experts``.
+    no output. Then the last weights and biases of all experts, the shared one too, are divided by
+    m. Only the start is fixed: everything trains as usual from there. Explained in
+    ``book/foundations/02-mixture-of-experts``.
 
     Args:
         model: the model; it is changed. Masks and record as in ``replace_ffn``.
