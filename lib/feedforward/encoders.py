@@ -271,16 +271,10 @@ def _check_weights(encoder: str, report: Mapping[str, Any]) -> None:
 
 def _damaged(place: Path | str, error: Exception) -> str:
     """Which file of weights cannot be read."""
-    from huggingface_hub import try_to_load_from_cache
     from safetensors import SafetensorError, safe_open
 
-    if isinstance(place, Path):
-        files = sorted(place.glob("*.safetensors"))
-    else:
-        file = try_to_load_from_cache(place, "model.safetensors")
-        files = [file] if isinstance(file, str) else []
     name = "a file of its weights"
-    for file in files:
+    for file in sorted(place.glob("*.safetensors")) if isinstance(place, Path) else ():
         try:
             with safe_open(file, "pt"):
                 pass
