@@ -216,7 +216,7 @@ def test_second_expert_is_dropped_at_random_only_on_demand(build, inputs):
     # a gate so sure that second weights fall below 0.2
     fixed, random = build("moe-head"), build("moe-head", drop_second=True, experts=16, gate_std=2.0)
     torch.testing.assert_close(real(fixed(**inputs), inputs), real(fixed(**inputs), inputs))
-    assert float(random.head.moe.router.gate.std()) == pytest.approx(2.0, rel=0.2)
+    assert random.head.moe.router.gate.std().item() == pytest.approx(2.0, rel=0.2)
     torch.manual_seed(0)
     with collect_routing(random) as routings:
         first, second = (random(**inputs).start_logits for _ in range(2))
@@ -264,7 +264,10 @@ def test_seed_decides_what_is_not_pretrained(build, form):
         ({"form": "moe-head", "k": 1, "drop_second": True}, "k=2"),
         ({"form": "moe-head", "layers": (1,)}, "an option of switch"),
         ({"form": "switch", "layers": ()}, "layers is empty"),
-        ({"form": "switch", "noise": -1.0}, "not negative"),
+        ({"form": "switch", "noise": -1.0}, "from 0 and finite"),
+        ({"form": "switch", "noise": float("inf")}, "from 0 and finite"),
+        ({"form": "moe-head", "experts": 2.5}, "experts is 2.5; give a whole number"),
+        ({"form": "moe-head", "k": True}, "k is True; give a whole number"),
         ({"form": "moe-head", "gate_std": -1.0}, "gate_std is -1.0"),
         ({"form": "switch", "route_padding": True}, "moe-head and stacked"),
         ({"form": "switch", "capacity_factor": 0.0}, "capacity_factor is 0.0"),

@@ -189,6 +189,10 @@ def test_what_cannot_be_collected_is_refused():
         collect(["raech"], 1)
     with pytest.raises(ValueError, match="episodes and attempts from 1"):
         collect(["reach"], 0)
+    with pytest.raises(ValueError, match="noise and seed from 0"):
+        collect(["reach"], 1, noise=float("nan"))
+    with pytest.raises(ValueError, match="workers is 0"):
+        collect(["reach"], 1, workers=0)
     with pytest.raises(ValueError, match="named twice"):
         collect(["reach", "reach-v3"], 1)
     with pytest.raises(ValueError, match="kind of state"):

@@ -138,8 +138,9 @@ class ReaderConfig:
                 )
         for name in ("experts", "k", "hidden", "depth", "heads"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} is {value}; it must be at least 1")
+            whole = isinstance(value, int) and not isinstance(value, bool)
+            if value is not None and not (whole and value >= 1):
+                raise ValueError(f"{name} is {value!r}; give a whole number of at least 1")
         if self.form in _ONLY_FOR["k"] and self.k > self.experts:
             raise ValueError(
                 f"k is {self.k} with {self.experts} experts; choose k from 1 to {self.experts}"
@@ -151,10 +152,11 @@ class ReaderConfig:
             object.__setattr__(self, "layers", tuple(self.layers))
             if not self.layers:
                 raise ValueError('layers is empty; name some, or choose form="dense"')
-        if not self.noise >= 0:
-            raise ValueError(f"noise is {self.noise}; a standard deviation is not negative")
-        if not 0 <= self.gate_std < float("inf"):
-            raise ValueError(f"gate_std is {self.gate_std}; a standard deviation is from 0")
+        for name in ("noise", "gate_std"):
+            if not 0 <= getattr(self, name) < float("inf"):
+                raise ValueError(
+                    f"{name} is {getattr(self, name)}; a standard deviation is from 0 and finite"
+                )
         if self.match not in ("active", "total"):
             raise ValueError(f"match is {self.match!r}; choose 'active' or 'total'")
         for name in ("capacity_factor", "eval_capacity_factor"):

@@ -8,6 +8,7 @@ Explained in ``book/adamoe/01-a-policy-that-flows``.
 """
 
 import json
+import math
 import os
 import shutil
 import warnings
@@ -441,10 +442,12 @@ def collect(
         for task in ([tasks] if isinstance(tasks, (str, Task)) else tasks)
     )
     order = _Order(names, episodes, seed, float(noise), state, images, attempts)
-    if not names or episodes < 1 or attempts < 1 or noise < 0 or seed < 0:
+    if not names or episodes < 1 or attempts < 1 or not 0 <= noise < math.inf or seed < 0:
         raise ValueError(
             f"give tasks, episodes and attempts from 1, noise and seed from 0: {order}"
         )
+    if workers is not None and workers < 1:
+        raise ValueError(f"workers is {workers}; give at least 1, or None for one a core")
     if len(set(names)) < len(names):
         raise ValueError(f"a task is named twice: {names}")
     if state not in (kinds := order.simulator.state_names):
