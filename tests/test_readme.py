@@ -1,4 +1,4 @@
-"""The README's code runs as it stands."""
+"""The code of the README and of the book's first page runs as it stands."""
 
 import re
 from pathlib import Path
@@ -19,6 +19,17 @@ def test_every_example_runs(capsys):
     assert names["y"].shape == (2, 16, 768)
     everything, active = map(int, capsys.readouterr().out.split())
     assert active < everything
+
+
+def test_the_first_page_runs():
+    (example,) = re.findall(
+        r"```python\n(.*?)```", (ROOT / "book" / "intro.md").read_text(), flags=re.DOTALL
+    )
+    names = {}
+    exec(example, names)
+    dense = names["GPT2LMHeadModel"](names["config"])
+    sizes = [model.num_parameters() for model in (names["thin"], dense, names["sparse"])]
+    assert sizes == sorted(set(sizes))
 
 
 def test_the_share_that_it_prints_is_right():
