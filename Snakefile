@@ -141,6 +141,7 @@ rule render:
     input:
         "_build/stage.json",
         tool="book/tools/render.py",
+        links="book/tools/chapter_links.py",
         library=sorted(map(str, Path("lib").rglob("*.py"))),
     output:
         "_build/html.json",
