@@ -139,7 +139,8 @@ def recorded_table(records: Iterable[Record]) -> str:
     rows = [head, "|---|---|--:|--:|--:|---|---|---|"]
     for (experiment, profile), runs in found.items():
         arms = len({run.variant for run in runs})
-        dates = sorted(run.provenance.date[:10] for run in runs)
+        # hyphens that no line breaks at
+        dates = sorted(run.provenance.date[:10].replace("-", "\u2011") for run in runs)
         cells = [f"`{experiment}`", profile, arms, len(runs), _hours(runs), devices_of(runs)]
         rows.append("| " + " | ".join(map(str, [*cells, dates[0], dates[-1]])) + " |")
     every = [run for runs in found.values() for run in runs]

@@ -104,6 +104,7 @@ def test_the_table_of_recorded_runs_adds_up():
         ]
     ).splitlines()
     devices = "a processor (no bf16) and another (no bf16)"
-    assert one == f"| `one` | cpu | 2 | 3 | 2.0 | {devices} | 2026-01-02 | 2026-01-04 |"
+    first, last = (date.replace("-", "\u2011") for date in ("2026-01-02", "2026-01-04"))
+    assert one == f"| `one` | cpu | 2 | 3 | 2.0 | {devices} | {first} | {last} |"
     assert two.startswith("| `two` | cpu | 1 | 1 | 0.1 | another (no bf16) |")
     assert every == "| all | | | 4 | 2.1 | | | |"
