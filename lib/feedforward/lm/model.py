@@ -519,8 +519,8 @@ def rotate(x: Tensor, cosines: Tensor, sines: Tensor) -> Tensor:
         cosines: (T, d), or what goes with x.
         sines: Likewise.
     """
-    half = x.shape[-1] // 2
-    turned = torch.cat((-x[..., half:], x[..., :half]), dim=-1)
+    first, second = x.chunk(2, dim=-1)  # the backward pass of a slice would fill what it leaves out
+    turned = torch.cat((-second, first), dim=-1)
     return x * cosines.to(x.dtype) + turned * sines.to(x.dtype)
 
 
