@@ -19,6 +19,7 @@ from feedforward.claims import (
     ClaimError,
     Published,
     Statistic,
+    compare,
     decide,
     ledger_markdown,
     ledger_rows,
@@ -415,6 +416,8 @@ def test_another_metric_of_the_same_arm():
     statistic = difference(reference=("a",), reference_metric="other", band=(-INF, -11.0))
     (result,) = judge(statistic, records).results
     assert (result.estimate, result.verdict) == (-20.0, "reproduced")
+    compared = compare(records, "a", "a", "score", reference_metric="other")
+    assert (compared.estimate, compared.low, compared.high) == (-20.0, result.low, result.high)
 
 
 def test_value_against_a_number():

@@ -428,6 +428,7 @@ def compare(
     *,
     kind: str = "difference",
     target: str | None = None,
+    reference_metric: str | None = None,
 ) -> Result:
     """Two arms of one experiment and profile compared, as a statistic of a claim would be.
 
@@ -442,6 +443,7 @@ def compare(
             the way from `reference` to `target` that `variant` goes, of a metric that falls on
             that way.
         target: of a ``gap``.
+        reference_metric: the reference's, where it is another one, even of the same arm.
 
     Returns:
         Estimate and ends of the 95 % interval; NaN, with the reason, where there is none. Its
@@ -469,6 +471,7 @@ def compare(
         reference=(reference,),
         target=(target,) if target else (),
         metric=metric,
+        reference_metric=reference_metric or "",
     )
     runs = _by_profile(statistic, records)
     if profile not in runs:

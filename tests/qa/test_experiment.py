@@ -2,6 +2,7 @@
 
 import dataclasses
 import json
+import math
 import shutil
 from dataclasses import replace
 
@@ -16,7 +17,7 @@ from feedforward.augment.back_translation import TranslationCache
 from feedforward.augment.lexicon import Lexicon
 from feedforward.files import DataError, cache_directory
 from feedforward.layers.cost import count as count_cost
-from feedforward.layers.experts import MoE
+from feedforward.layers.experts import MoE, collect_routing
 from feedforward.profiles import load_experiment
 from feedforward.qa import runs, stages
 from feedforward.qa.accounting import memory, plan, reader_cost, training_flops
@@ -24,10 +25,12 @@ from feedforward.qa.data import Questions
 from feedforward.qa.evaluation import (
     Decoding,
     Usage,
+    Watched,
     by_domain,
     chosen_by_half,
     expert_layers,
     measure,
+    pad,
 )
 from feedforward.qa.experiment import grid
 from feedforward.qa.model import ReaderConfig, build_reader
@@ -576,16 +579,39 @@ def test_answers_at_random_do_not_depend_on_what_ran_before(config, monkeypatch)
 
 def test_padding_that_is_routed_takes_the_capacity_of_real_tokens(config):
     limits = {"capacity_factor": 0.6, "eval_capacity_factor": 0.6}
-    kept = quiet(arm(config, "capacity", reader=limits))
-    padded = arm(config, "padded", reader=limits | {"route_padding": True}, pad_to_length=True)
-    shares = [
-        quiet(one).metrics["dropped share"]
-        for one in (arm(config, "capacity", reader=limits), padded)
-    ]
-    assert kept.metrics["dropped share"] == shares[0]
-    assert 0 < shares[0] < 1
-    assert 0 <= shares[1] < 1
-    assert shares[0] != shares[1]
+    kept = quiet(arm(config, "capacity", reader=limits)).metrics
+    routed = arm(config, "padded", reader=limits | {"route_padding": True}, pad_to_length=True)
+    padded = quiet(routed).metrics
+    assert kept["dropped share"] == kept["dropped share without padding"] > 0
+    assert 0 <= padded["dropped share without padding"] < padded["dropped share"] < 1
+    for metrics in (kept, padded):
+        ((dropped, crowded),) = metrics["dropped share by domain"]["all"]
+        assert dropped == pytest.approx(metrics["dropped share"], abs=1e-6)
+        assert crowded == pytest.approx(metrics["dropped share without padding"], abs=1e-6)
+
+
+@pytest.mark.parametrize("factor", [0.3, 0.6, 1.0])
+def test_what_padding_takes_is_what_the_layer_would_serve_without_it(config, data, factor):
+    limits = {"capacity_factor": 2.0, "eval_capacity_factor": factor, "route_padding": True}
+    reader = make_reader(arm(config, reader=limits))
+    tokenizer = runs.load_tokenizer(config.reader.encoder)
+    windows = by_domain(data.pooled("oodomain_val"), tokenizer, length=32, stride=8)["gamma"]
+    batch = pad(windows.batch(range(8)), 48, tokenizer.pad_token_id)
+    inputs = {name: value for name, value in batch.items() if "positions" not in name}
+    watched = Watched(reader, bf16=False)
+    with torch.no_grad():
+        watched(**inputs)
+        real = inputs["attention_mask"].bool()
+        # the same number of places, counted in real tokens
+        moe = reader.head.moe
+        places = math.ceil(factor * real.numel() * moe.router.k / moe.experts)
+        moe.capacity_factor = (places - 0.5) * moe.experts / moe.router.k / int(real.sum())
+        reader.route_padding = False
+        with collect_routing(reader) as routings:
+            reader(**inputs)
+    (usage,) = watched.usage
+    assert usage.crowded == int((routings[0].weights[real.flatten()] == 0).sum())
+    assert usage.crowded <= usage.dropped
 
 
 def test_steps_are_equal_whatever_augmentation_adds(config):

@@ -1,5 +1,6 @@
 """What a reader is measured by: F1 and exact match by domain, and how its experts are used."""
 
+import math
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -10,6 +11,7 @@ from torch import Tensor, nn
 
 from feedforward.encoders import check_length
 from feedforward.layers.experts import MoE, collect_routing
+from feedforward.layers.routing import Routing
 from feedforward.qa.decoding import best_answers, read
 from feedforward.qa.features import Features, prepare
 from feedforward.qa.metrics import ItemScores, item_scores
@@ -57,20 +59,24 @@ class Usage:
         believed: (E,) sum of the router's probabilities.
         entropy: Sum of the probabilities' entropies, in nats.
         dropped: Choices that no expert had room for.
+        crowded: As many of them as would have been dropped in the same places without padding.
     """
 
     def __init__(self, experts: int):
-        self.tokens, self.entropy, self.dropped = 0, 0.0, 0
+        self.tokens, self.entropy, self.dropped, self.crowded = 0, 0.0, 0, 0
         self.chosen = torch.zeros(experts, dtype=torch.float64)
         self.believed = torch.zeros(experts, dtype=torch.float64)
 
-    def add(self, probabilities: Tensor, chosen: Tensor, dropped: int = 0) -> None:
+    def add(
+        self, probabilities: Tensor, chosen: Tensor, dropped: int = 0, places: float = math.inf
+    ) -> None:
         """Count some tokens.
 
         Args:
             probabilities: (T, E) of the router.
             chosen: (E,) their choices.
             dropped: How many of them were dropped.
+            places: How many choices each expert had room for, those of padding included.
         """
         p = probabilities.double()
         self.tokens += len(p)
@@ -78,6 +84,7 @@ class Usage:
         self.entropy += float(torch.special.entr(p).sum())
         self.chosen += chosen.double().cpu()
         self.dropped += dropped
+        self.crowded += int((chosen - places).clamp(min=0).sum())
 
     def __add__(self, other: "Usage") -> "Usage":
         total = Usage(len(self.chosen))
@@ -106,6 +113,11 @@ class Usage:
     def dropped_share(self) -> float:
         """The share of the choices that were dropped."""
         return self.dropped / max(1.0, float(self.chosen.sum()))
+
+    @property
+    def crowded_share(self) -> float:
+        """The share of the choices that the same places would have dropped without padding."""
+        return self.crowded / max(1.0, float(self.chosen.sum()))
 
 
 @dataclass(frozen=True, eq=False)
@@ -157,19 +169,30 @@ class Watched(nn.Module):
         ):
             output = self.reader(**inputs)
         real = inputs["attention_mask"].bool().flatten()
-        uses = [(r.probabilities[real], r.indices[real], r.weights[real] == 0) for r in routings]
         if not self.usage:
-            sizes = [p.shape[1] for p, _, _ in uses]
+            sizes = [routing.probabilities.shape[1] for routing in routings]
             sizes += [] if output.gate is None else [output.gate.shape[1]]
             self.usage = [Usage(size) for size in sizes]
-        for usage, (probabilities, indices, dropped) in zip(self.usage, uses, strict=False):
+        for usage, routing in zip(self.usage, routings, strict=False):
+            probabilities, indices = routing.probabilities[real], routing.indices[real]
             chosen = torch.bincount(indices.flatten(), minlength=probabilities.shape[1])
-            usage.add(probabilities, chosen, int(dropped.sum()))
+            dropped = int((routing.weights[real] == 0).sum())
+            usage.add(probabilities, chosen, dropped, self._places(routing))
         if output.gate is not None:
             self.usage[-1].add(output.gate, output.gate.sum(0))
         return ReaderOutput(
             output.start_logits[:, :length], output.end_logits[:, :length], output.gate
         )
+
+    def _places(self, routing: Routing) -> float:
+        """How many choices each expert had room for in a forward pass, as ``MoE`` counts them."""
+        factor = self.reader.capacity[0 if self.reader.training else 1]
+        if factor is None:
+            return math.inf
+        (served, k), experts = routing.indices.shape, routing.probabilities.shape[1]
+        if routing.mask is not None:
+            served = int(routing.mask.sum())
+        return math.ceil(factor * served * k / experts)
 
 
 def pad(inputs: Mapping[str, Tensor], length: int, token: int) -> dict[str, Tensor]:

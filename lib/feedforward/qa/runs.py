@@ -178,7 +178,9 @@ def run(
         share of real tokens that choose the busiest expert and ``routing entropy`` that of the
         router's probabilities over that of an even choice, both a mean over the layers; where
         the layers have a capacity, ``dropped share`` is the share of real tokens' choices that
-        no expert had room for. ``F1 on the choosing half`` and ``F1 on the other half`` come with
+        no expert had room for, and ``dropped share without padding`` what it would be of the same
+        choices in the same places had no padding taken any; ``dropped share by domain`` has both
+        of each layer. ``F1 on the choosing half`` and ``F1 on the other half`` come with
         a stage that chooses by the reported questions. ``stages`` tells what each stage did,
         ``training seconds`` and ``training FLOPs`` are of all of them.
 
@@ -384,6 +386,15 @@ def _usage(config, layers: Sequence[str], inside: Measured, tries: Sequence[Meas
     }
     if config.reader.eval_capacity_factor is not None:
         metrics["dropped share"] = float(np.mean([layer.dropped_share for layer in every]))
+        crowded = float(np.mean([layer.crowded_share for layer in every]))
+        metrics["dropped share without padding"] = crowded
+        metrics["dropped share by domain"] = {
+            name: [
+                [round(share, 6) for share in (layer.dropped_share, layer.crowded_share)]
+                for layer in usage
+            ]
+            for name, usage in by_name.items()
+        }
     return metrics
 
 
