@@ -543,6 +543,9 @@ def test_choosing_keeps_the_best_weights(config):
 def test_experts_dropped_at_random_answer_differently_each_time(config):
     random = arm(config, reader={"drop_second": True, "experts": 4}, repeats=3)
     assert quiet(random).metrics["range of out-of-domain F1"] >= 0
+    plain_ = quiet(replace(config, repeats=3)).metrics
+    assert plain_["range of out-of-domain F1"] == 0
+    assert not any("without dropping" in name for name in plain_)
     reader = make_reader(random)
     with torch.no_grad():
         reader.head.moe.router.gate.mul_(30)  # second experts with little weight
@@ -556,7 +559,28 @@ def test_experts_dropped_at_random_answer_differently_each_time(config):
     torch.manual_seed(0)
     tries = [measure(reader, windows).usage["gamma"][0].dropped for _ in range(3)]
     assert len(set(tries)) > 1
-    assert quiet(replace(config, repeats=3)).metrics["range of out-of-domain F1"] == 0
+
+
+def test_the_same_weights_also_answer_without_dropping(config, monkeypatch):
+    seen, real = [], runs.measure
+
+    def noted(reader, *arguments, **options):
+        seen.append(real(reader, *arguments, **options))
+        return seen[-1]
+
+    monkeypatch.setattr(runs, "measure", noted)
+    options = {"drop_second": True, "experts": 4, "gate_std": 0.6}
+    metrics = quiet(arm(config, reader=options, repeats=2)).metrics
+    dropped = [sum(layer.dropped for (layer,) in one.usage.values()) for one in seen]
+    inside, *outside = dropped
+    assert inside > 0
+    assert min(outside[:2]) > 0
+    assert outside[2:] == [0, 0]
+    scores = [one.items.score() for one in seen]
+    assert metrics["range of out-of-domain F1 without dropping"] == 0
+    assert metrics["out-of-domain F1 without dropping"] == scores[-1].f1
+    assert metrics["out-of-domain EM without dropping"] == scores[-1].em
+    assert metrics["out-of-domain F1"] == pytest.approx((scores[1].f1 + scores[2].f1) / 2)
 
 
 def test_answers_at_random_do_not_depend_on_what_ran_before(config, monkeypatch):
@@ -573,8 +597,8 @@ def test_answers_at_random_do_not_depend_on_what_ran_before(config, monkeypatch)
     file.unlink()
     torch.manual_seed(123)  # the stages are loaded, and no training leaves its random numbers
     assert plain(quiet(random)) == plain(first)
-    assert len(drawn) == 2 * 3
-    assert drawn[:3] == drawn[3:]
+    assert len(drawn) == 2 * 5
+    assert drawn[:5] == drawn[5:]
 
 
 def test_padding_that_is_routed_takes_the_capacity_of_real_tokens(config):
@@ -774,7 +798,7 @@ def test_the_arms_of_a_profile_have_equal_steps(profile):
     assert shapes - {two, two[:1]} == {((two[0][0] + two[1][0], two[0][1], two[0][2]),)}
     firsts = {(a.reader, a.stages[0]) for name, a in arms.items() if name != "mixed"}
     # every architecture, what changes both stages, and nothing else begins differently
-    assert len(firsts) == 7 + 7
+    assert len(firsts) == 7 + 8
     assert len({a.source for a in arms.values()}) == 1
 
 
@@ -814,6 +838,7 @@ def test_a_defect_differs_from_its_reference_in_that_alone():
     assert differences("defect-balance-weight", "moe") == {"balance"}
     assert differences("defect-random-expert", "moe-sure") == {"drop_second"}
     assert differences("moe-sure", "moe") == {"gate_std", "repeats"}
+    assert differences("defect-random-expert-0.1", "defect-random-expert") == {"gate_std"}
     assert differences("defect-routed-padding", "moe-capacity") == {
         "route_padding",
         "pad_to_length",

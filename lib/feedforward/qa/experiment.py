@@ -145,6 +145,8 @@ def _arms(scale: _Scale) -> list[QuestionAnsweringConfig]:
     limited = {**moe, **_CAPACITY}
     padded = {**limited, "route_padding": True}
     sure = {**moe, "gate_std": _RELEASED_GATE}
+    # a gate that is neither undecided nor certain after training, when second weights are small
+    between = {**moe, "gate_std": 0.1}
     arms += [
         scale.balanced("moe-unbalanced", moe, 0.0),
         scale.tuned("moe-capacity", limited),
@@ -152,6 +154,7 @@ def _arms(scale: _Scale) -> list[QuestionAnsweringConfig]:
         scale.balanced("defect-balance-weight", moe, 1.0),
         scale.tuned("moe-sure", sure, often),
         scale.tuned("defect-random-expert", {**sure, "drop_second": True}, often),
+        scale.tuned("defect-random-expert-0.1", {**between, "drop_second": True}, often),
         scale.tuned("defect-routed-padding", padded, {"pad_to_length": True}),
         scale.tuned("defect-identical-experts", {**switch, "noise": 0.0}),
         scale.tuned("defect-ignored-copies", dense, augmentations=(_eda(copies=8),)),

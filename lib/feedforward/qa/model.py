@@ -348,11 +348,19 @@ class _Stack(nn.Module):
         return self.norm(x)
 
 
-class _DroppedSecondRouter(TopKRouter):
-    """Top 2 as released: the second expert stays with probability ``min(1, weight / 0.2)``."""
+class DroppedSecondRouter(TopKRouter):
+    """Top 2 as released: the second expert stays with probability ``min(1, weight / 0.2)``.
+
+    Attributes:
+        dropping: False for the same router without chance.
+    """
+
+    dropping = True
 
     def forward(self, x: Tensor, mask: Tensor | None = None) -> Routing:
         routing = super().forward(x, mask)
+        if not self.dropping:
+            return routing
         second = routing.weights[:, 1]
         kept = torch.rand_like(second) < second / 0.2
         weights = torch.stack([routing.weights[:, 0], second * kept], dim=1)
@@ -434,7 +442,7 @@ def _switch(encoder: "PreTrainedModel", config: ReaderConfig) -> None:
 def _head(config: ReaderConfig, dim: int) -> nn.Module | None:
     hidden = config.hidden or 4 * dim
     if config.form == "moe-head":
-        make = _DroppedSecondRouter if config.drop_second else TopKRouter
+        make = DroppedSecondRouter if config.drop_second else TopKRouter
         router = make(dim, config.experts, k=config.k)
         with torch.no_grad():
             router.gate.mul_(config.gate_std / router.init_std)

@@ -43,6 +43,7 @@ from feedforward.qa.evaluation import (
 from feedforward.qa.features import Batches, Features, prepare
 from feedforward.qa.metrics import ItemScores
 from feedforward.qa.model import (
+    DroppedSecondRouter,
     ReaderConfig,
     ReaderMixture,
     build_reader,
@@ -172,17 +173,18 @@ def run(
         The record. ``data`` begins the checksum of the questions, ``encoder`` that of an encoder
         from a folder. F1 and EM, in percent, are means over questions: ``in-domain F1``,
         ``out-of-domain EM`` and of each domain (``squad F1``); ``items`` has those of single
-        questions. ``range of out-of-domain F1`` is over the repeated answers, whose mean the
-        scores are. Of readers with experts: ``expert layers`` names the layers; ``load`` gives by
-        domain, and for ``all``, each layer's share of choices by expert; ``largest share`` is the
-        share of real tokens that choose the busiest expert and ``routing entropy`` that of the
-        router's probabilities over that of an even choice, both a mean over the layers; where
-        the layers have a capacity, ``dropped share`` is the share of real tokens' choices that
-        no expert had room for, and ``dropped share without padding`` what it would be of the same
-        choices in the same places had no padding taken any; ``dropped share by domain`` has both
-        of each layer. ``F1 on the choosing half`` and ``F1 on the other half`` come with
-        a stage that chooses by the reported questions. ``stages`` tells what each stage did,
-        ``training seconds`` and ``training FLOPs`` are of all of them.
+        questions. ``range of out-of-domain F1`` is over the repeated answers, whose mean the scores
+        are; of a reader that drops second experts, the names that end in ``without dropping`` are
+        what the same weights give when they stay. Of readers with experts: ``expert layers`` names
+        the layers; ``load`` gives by domain, and for ``all``, each layer's share of choices by
+        expert; ``largest share`` is the share of real tokens that choose the busiest expert and
+        ``routing entropy`` that of the router's probabilities over that of an even choice, both a
+        mean over the layers; where the layers have a capacity, ``dropped share`` is the share of
+        real tokens' choices that no expert had room for, and ``dropped share without padding`` what
+        it would be of the same choices in the same places had no padding taken any; ``dropped share
+        by domain`` has both of each layer. ``F1 on the choosing half`` and ``F1 on the other half``
+        come with a stage that chooses by the reported questions. ``stages`` tells what each stage
+        did, ``training seconds`` and ``training FLOPs`` are of all of them.
 
     Raises:
         DataError: When the questions are missing or damaged.
@@ -286,10 +288,15 @@ def _measured(config, data, tokenizer, reader, logs, device) -> Record:
     seed_everything(0)
     inside = answer(reader, by_domain_of(config, _scored(config, data, "indomain_val"), tokenizer))
     windows = by_domain_of(config, _scored(config, data, "oodomain_val"), tokenizer)
-    tries = []
-    for number in range(config.repeats):
-        seed_everything(number)
-        tries.append(answer(reader, windows))
+
+    def repeated() -> list[Measured]:
+        tries = []
+        for number in range(config.repeats):
+            seed_everything(number)
+            tries.append(answer(reader, windows))
+        return tries
+
+    tries = repeated()
     outside = _mean_of([one.items for one in tries])
     metrics: dict[str, Any] = {"data": data.sha256[:16], "items": {}}
     if weights := folder_sha256(config.reader.encoder):
@@ -302,8 +309,15 @@ def _measured(config, data, tokenizer, reader, logs, device) -> Record:
             metrics["items"][name] = {key: _short(value) for key, value in values.items()}
         for domain, score in items.by_domain().items():
             metrics |= {f"{domain} F1": score.f1, f"{domain} EM": score.em}
-    means = [one.items.f1.mean() for one in tries]
-    metrics["range of out-of-domain F1"] = float(max(means) - min(means))
+    metrics["range of out-of-domain F1"] = _range_of_f1(tries)
+    if config.reader.drop_second:
+        with _without_dropping(reader):
+            sober = repeated()
+        metrics["range of out-of-domain F1 without dropping"] = _range_of_f1(sober)
+        items = _mean_of([one.items for one in sober])
+        for metric in ("f1", "em"):
+            name = f"out-of-domain {metric.upper()} without dropping"
+            metrics[name] = float(getattr(items, metric).mean())
     if layers := expert_layers(reader):
         metrics |= _usage(config, layers, inside, tries)
     for log in logs:
@@ -351,6 +365,24 @@ def _bf16(config: QuestionAnsweringConfig, device: torch.device) -> bool:
 
 def _padded(config: QuestionAnsweringConfig, tokenizer) -> tuple[int, int] | None:
     return (config.length, tokenizer.pad_token_id or 0) if config.pad_to_length else None
+
+
+def _range_of_f1(tries: Sequence[Measured]) -> float:
+    means = [one.items.f1.mean() for one in tries]
+    return float(max(means) - min(means))
+
+
+@contextlib.contextmanager
+def _without_dropping(reader: nn.Module) -> Iterator[None]:
+    """In the block, second experts stay."""
+    routers = [module for module in reader.modules() if isinstance(module, DroppedSecondRouter)]
+    for router in routers:
+        router.dropping = False
+    try:
+        yield
+    finally:
+        for router in routers:
+            router.dropping = True
 
 
 def _mean_of(tries: Sequence[ItemScores]) -> ItemScores:
