@@ -7,6 +7,7 @@ import math
 import pytest
 import torch
 from torch import nn
+from torch._dynamo.testing import CompileCounter
 
 from feedforward import BlockDense, BlockShuffle, LowRank, PreMerged, SelfGuided
 from feedforward.layers.guided import advance, guide, release
@@ -312,6 +313,32 @@ def test_autocast_mixes_in_bf16():
 
 
 # resuming
+
+
+@pytest.mark.parametrize("schedule", ["cosine", "linear"])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("stochastic", [True, False])
+def test_steps_are_not_compiled_one_by_one(stochastic, dtype, schedule):
+    layer = guided(steps=12, stochastic=stochastic, schedule=schedule).to(dtype)
+    plain = copy.deepcopy(layer)
+    counter = CompileCounter()
+    torch._dynamo.reset()
+    compiled = torch.compile(layer, backend=counter, fullgraph=not stochastic)
+    x = torch.randn(5, 12, dtype=dtype)
+    counts, close = [], {"rtol": 2e-2, "atol": 2e-2} if dtype == torch.bfloat16 else {}
+    for step in range(16):
+        results = []
+        for one, call in ((layer, compiled), (plain, plain)):
+            torch.manual_seed(step)
+            y = call(x)
+            y.sum().backward()
+            one.advance()
+            results.append(y)
+        torch.testing.assert_close(*results, **close)
+        counts.append(counter.frame_count)
+    torch.testing.assert_close(layer.guide.grad, plain.guide.grad, **close)
+    assert counts[11] == counts[4]  # with the guide and without it was seen before the fifth
+    assert counts[-1] <= counts[11] + 1
 
 
 def test_checkpoint_keys():

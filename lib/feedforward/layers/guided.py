@@ -77,7 +77,7 @@ class SelfGuided(nn.Module):
             self.guide = nn.Parameter(layer.dense_weight().detach().clone())
         self.register_buffer("step", torch.zeros((), dtype=torch.int64, device=layer.v.device))
         # the same count as a Python number, so that no forward pass waits for a GPU to read it
-        self._done = 0
+        self._count(0)
         self.register_load_state_dict_post_hook(_count_after_loading)
         self.train(layer.training)
 
@@ -86,10 +86,7 @@ class SelfGuided(nn.Module):
         """The guide's part a of the output in training, from 1 at the start to 0; 0 if released."""
         if self.guide is None:
             return 0.0
-        progress = min(self._done / self.steps, 1.0)
-        if self.schedule == "linear":
-            return 1.0 - progress
-        return 0.5 * (1.0 + math.cos(math.pi * progress))
+        return self._alpha_of(min(self._done / self.steps, 1.0), math.cos)
 
     def forward(self, x: Tensor) -> Tensor:
         """Map `x` (..., in_features) to (..., out_features).
@@ -98,16 +95,34 @@ class SelfGuided(nn.Module):
             ValueError: If the last dimension of `x` is not `in_features`.
         """
         y = self.layer(x)
-        alpha = self.alpha if self.training else 0.0
-        if alpha == 0.0 or (self.stochastic and torch.rand(()).item() >= alpha):
+        guiding = self.training and self._guiding and self.guide is not None
+        if not guiding or (self.stochastic and not self._drawn()):
             return y
         # both sides carry the bias, so the mixture has it once
-        return torch.lerp(y, F.linear(x, self.guide, self.layer.bias), alpha)
+        guided = F.linear(x, self.guide, self.layer.bias)
+        if not torch.compiler.is_compiling():
+            return torch.lerp(y, guided, self.alpha)
+        # a tensor, since another number would be compiled anew after every step
+        wide = torch.promote_types(y.dtype, torch.float32)
+        alpha = self._alpha_of((self.step.to(wide) / self.steps).clamp(max=1.0), torch.cos)
+        return torch.lerp(y.to(wide), guided.to(wide), alpha).to(y.dtype)
+
+    @torch.compiler.disable  # it reads how many steps are done
+    def _drawn(self) -> bool:
+        return torch.rand(()).item() < self.alpha
+
+    def _alpha_of(self, progress, cos):
+        if self.schedule == "linear":
+            return 1.0 - progress
+        return 0.5 * (1.0 + cos(math.pi * progress))
 
     def advance(self) -> None:
         """Count one optimizer step."""
-        self._done += 1
+        self._count(self._done + 1)
         self.step.fill_(self._done)
+
+    def _count(self, done: int) -> None:
+        self._done, self._guiding = done, done < self.steps
 
     def release(self) -> StructuredLinear:
         """Drop the guide and give back the structured layer, to be put in this one's place."""
@@ -118,7 +133,7 @@ class SelfGuided(nn.Module):
     def reset_parameters(self) -> None:
         """Start anew: the structured layer's weights, the guide as their product, and step 0."""
         self.layer.reset_parameters()
-        self._done = 0
+        self._count(0)
         self.step.zero_()
         if self.guide is not None:
             with without_autocast(self.guide.device.type):
@@ -223,4 +238,4 @@ def _places(model: nn.Module) -> Iterator[tuple[nn.Module, str, SelfGuided]]:
 
 
 def _count_after_loading(module: SelfGuided, incompatible_keys) -> None:
-    module._done = int(module.step)
+    module._count(int(module.step))
