@@ -17,6 +17,7 @@ from feedforward.records import (
     cached,
     config_key,
     devices_of,
+    is_run_of,
     load_records,
     plain_config,
     recorded,
@@ -441,6 +442,26 @@ def test_run_directory_depends_on_files_that_the_configuration_names():
     assert len(set(folders)) == 7
     assert folder(data="a") == folders[1]
     assert config_key(Reading()) == config_key(Demo())  # what is recorded is found by it
+
+
+def test_a_record_of_other_files_is_another_run_s():
+    read = {}
+
+    @dataclass(frozen=True)
+    class Reading(Demo):
+        def inputs(self):
+            return dict(read)
+
+    own = record_of(Reading(), metrics={"loss": 1.0, "data": "ab12"})
+    keep(own)
+    for given, found in (({"data": "ab12cd34"}, own), ({"data": "ffffffff"}, None), ({}, own)):
+        read.clear()
+        read.update(given)
+        assert recorded(Reading()) == found
+        assert is_run_of(own, Reading()) == (found is own)
+        assert not is_run_of(own, Reading(seed=1))
+    read["encoder"] = "ab12"  # of which the record says nothing
+    assert recorded(Reading()) is None
 
 
 def test_records_do_not_change():

@@ -24,9 +24,10 @@ from feedforward.records import (
     Record,
     agreed,
     cached,
-    config_key,
     is_first_process,
+    is_run_of,
     load_records,
+    recorded,
     result_path,
 )
 
@@ -75,12 +76,11 @@ class Job:
 
     @property
     def status(self) -> str:
-        """One of ``STATUSES``; outdated is a record of another configuration."""
+        """One of ``STATUSES``; outdated is a record of another configuration or of other data."""
         path = result_path(self.config.experiment, self.profile, self.variant, self.seed)
         if not path.exists():
             return "not recorded"
-        same = Record.load(path).key == config_key(self.config)
-        return "recorded" if same else "outdated"
+        return "recorded" if is_run_of(Record.load(path), self.config) else "outdated"
 
 
 @app.command(cls=ManyValues)
@@ -130,12 +130,13 @@ def run(
             continue
         _say(f"{head}  ...", file=sys.stderr)
         bar = sys.stderr.isatty()
+        kept = ", recorded" if agreed(recorded(job.config)) else ""
         options = {"progress": bar, "device": device}
         result = cached(experiment.run, job.config, profile=profile, **options)
         result = dataclasses.replace(result, profile=profile)
         if record and is_first_process():
             result.save(result_path(result.experiment, profile, result.variant, result.seed))
-        _say(f"{head}  {result.provenance.seconds:.1f} s  {_numbers(result)}")
+        _say(f"{head}  {result.provenance.seconds:.1f} s{kept}  {_numbers(result)}")
 
 
 @app.command("list")

@@ -306,10 +306,25 @@ def load_records(
     return sorted(found, key=lambda record: (record.profile, record.variant, record.seed))
 
 
+def is_run_of(record: Record, config: Config) -> bool:
+    """Whether `record` is of exactly this configuration, and of the files that it only names.
+
+    Those files are told by the method ``inputs()`` of the configuration, see `run_directory`: the
+    metrics of the same names begin its checksums. A configuration whose files are not at hand has
+    no inputs, and can load what was recorded with them.
+    """
+    if record.key != config_key(config):
+        return False
+    inputs = getattr(config, "inputs", dict)()
+    told = {name: record.metrics.get(name) for name in inputs}
+    return all(told[name] and value.startswith(told[name]) for name, value in inputs.items())
+
+
 def recorded(config: Config) -> Record | None:
-    """The recorded run of exactly this configuration at any profile, or None."""
+    """The recorded run that `is_run_of` this configuration, at any profile, or None."""
     key = config_key(config)
-    return next((r for r in load_records(config.experiment) if r.key == key), None)
+    same = (record for record in load_records(config.experiment) if record.key == key)
+    return next((record for record in same if is_run_of(record, config)), None)
 
 
 def cached(

@@ -376,6 +376,15 @@ def test_other_data_under_the_same_name_are_another_run(
     assert len(trained) == 4
     assert answered("all") == 18
     assert len(trained) == 4
+    # what is recorded is not taken for a run on other data, and can be loaded without any
+    kept = replace(quiet(one), profile="cpu")
+    kept.save(records.result_path(kept.experiment, "cpu", kept.variant, kept.seed))
+    assert answered("some") == 14
+    assert answered("all") == 18
+    if named:
+        monkeypatch.delenv(LOCAL)
+        assert records.cached(run, one, profile="cpu", progress=False) == kept
+        monkeypatch.setenv(LOCAL, str(tmp_path / "all"))
     assert trained_reader(one, progress=False, device="cpu")[2].oodomain_val == data.oodomain_val
 
 

@@ -139,13 +139,15 @@ class QuestionAnsweringConfig:
     def inputs(self) -> dict[str, str]:
         """Checksums of what the fields only name: data and an encoder in folders of one's own.
 
-        Runs on other files under the same names are other runs.
+        Runs on other files under the same names are other runs. Where the source is `LOCAL` and
+        nothing is set, there are no data, and what was recorded can be loaded.
 
         Raises:
             DataError: When the data are missing or damaged.
         """
         found = {}
-        if self.source != "embedded" and not self.source.startswith("hub:"):
+        absent = self.source == LOCAL and not os.environ.get(LOCAL)
+        if not (absent or self.source == "embedded" or self.source.startswith("hub:")):
             found["data"] = load_data(self.source).sha256
         if weights := folder_sha256(self.reader.encoder):
             found["encoder"] = weights

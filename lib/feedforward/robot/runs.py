@@ -275,10 +275,12 @@ class RobotConfig:
     def inputs(self) -> dict[str, str]:
         """What tells the data of a folder, which the fields only name, from others.
 
+        Nothing where the source is `LOCAL` and that is not set: what was recorded can be loaded.
+
         Raises:
             DataError: When there is no such folder, or it holds no data set.
         """
-        if self.source == SCRIPTED:
+        if self.source == SCRIPTED or (self.source == LOCAL and not os.environ.get(LOCAL)):
             return {}
         return {"data": dataset_key(_folder_of(self.source))}
 
@@ -658,6 +660,7 @@ def _measured(config, training, policy, logs, progress, device) -> Record:
         "steps": [log["steps"] for log in logs],
         "frames": len(training.data),
     }
+    metrics |= config.inputs()
     if config.tuning and config.tuning.ffn != "dense" and config.tuning.experts > 1:
         with rerouted(policy, _to_the_next_expert):
             metrics["loss with other experts"] = training.loss(policy)
