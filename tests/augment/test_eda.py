@@ -215,7 +215,7 @@ def test_words_touched_by_a_span_are_whole():
 
 
 @pytest.mark.parametrize("name", list(OFF))
-@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan")])
+@pytest.mark.parametrize("share", [-0.1, 1.5, float("nan"), "0.1"])
 def test_a_share_lies_between_0_and_1(name, share):
     with pytest.raises(ValueError, match=f"{name} is"):
         EDA(**{name: share})

@@ -85,6 +85,12 @@ def test_all_senses_are_what_the_authors_take(database):
         wordnet(database, senses="some")
 
 
+@pytest.mark.parametrize("synonyms", ["large", ["large", ""], [None]])
+def test_synonyms_are_a_list_of_words(synonyms):
+    with pytest.raises(ValueError, match=r"the synonyms of 'big' are .*; give a list of words"):
+        Lexicon({"big": synonyms})
+
+
 def test_common_senses_need_not_be_first(database):
     words = wordnet(database, senses="common")
     assert words.synonyms("bountiful") == ("large",)

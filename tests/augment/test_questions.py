@@ -143,9 +143,11 @@ def test_bad_questions_are_named():
         augment_questions([question(), question()], EDA(**OFF), copies=1, seed=0)
     with pytest.raises(ValueError, match="'q#1' is taken"):
         augment_questions([question(), question("q#1")], EDA(**OFF), copies=1, seed=0)
-    for wrong in ({"copies": 0, "seed": 0}, {"copies": 1, "seed": -1}):
+    for wrong in ({"copies": 0}, {"copies": 1.5}, {"seed": -1}, {"processes": 0}):
         with pytest.raises(ValueError, match="is needed"):
             augment_questions([question()], EDA(**OFF), **wrong)
+    with pytest.raises(ValueError, match=r"cannot be sent to other processes .* top of a module"):
+        augment_questions([question()], lambda text, rng: text, processes=2)
 
 
 OFF = {"synonyms": 0, "insertions": 0, "swaps": 0, "deletions": 0}

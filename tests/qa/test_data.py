@@ -1,6 +1,7 @@
 """Questions: what is loaded is exact, and what is wrong is named with its file and id."""
 
 import dataclasses
+import gzip
 import json
 import os
 import sys
@@ -186,6 +187,7 @@ def test_offsets_in_bytes_are_told_with_the_right_ones(file):
             '{"data": [{"paragraphs": [{"context": "a", "qas": [{"question": "b"}]}]}]}',
             r"qas\[0\] lacks 'id'",
         ),
+        ("[" * 100_000, "truncated or no JSON"),
     ],
 )
 def test_a_damaged_file_is_told(tmp_path, content, message):
@@ -202,6 +204,34 @@ def test_other_encodings_and_missing_files_are_told(tmp_path):
         load_squad(path)
     with pytest.raises(DataError, match=r"none\.json cannot be read"):
         load_squad(tmp_path / "none.json")
+
+
+def test_compressed_files_are_told(tmp_path):
+    path = tmp_path / "packed.json"
+    path.write_bytes(gzip.compress(json.dumps(squad(GOOD)).encode()))
+    with pytest.raises(DataError, match=r"packed\.json is compressed; unpack it"):
+        load_squad(path)
+
+
+@pytest.mark.parametrize(
+    ("answers", "message"),
+    [
+        ({"text": "Ada", "answer_start": 0}, "not a list of text and answer_start"),
+        ("Ada", "not a list of text and answer_start"),
+        (["Ada"], "not a list of text and answer_start"),
+        ([{"text": "Ada"}], "an answer lacks 'answer_start'"),
+        ([{"answer_start": 0}], "an answer lacks 'text'"),
+    ],
+)
+def test_malformed_answers_cost_their_question_alone(tmp_path, answers, message):
+    content = squad(GOOD, ("q2", "Who?", [("Ada", 0)]))
+    content["data"][0]["paragraphs"][0]["qas"][1]["answers"] = answers
+    path = write(tmp_path / "some.json", content)
+    with pytest.raises(DataError, match=f"'?q2'?.*{message}"):
+        load_squad(path)
+    report = []
+    assert [q.id for q in load_squad(path, report=report)] == [GOOD[0]]
+    assert message in str(*report)
 
 
 def test_a_byte_order_mark_and_crlf_in_the_file_itself_do_not_matter(file):
@@ -353,12 +383,35 @@ def test_mrqa_becomes_the_splits_of_robustqa(monkeypatch):
         "race": 127,
         "relation_extraction": 127,
     }
-    assert all(len(questions) == 128 for questions in found.oodomain_val.values())
+    assert {d: len(q) for d, q in found.oodomain_val.items()} == {
+        "duorc": 126,
+        "race": 128,
+        "relation_extraction": 128,
+    }
     every = [q for split in SPLITS for q in found.pooled(split)]
     assert len({q.id for q in every}) == len(every)
     assert all(q.answers[0].text == "Ada Lovelace" and not problems_of(q) for q in every)
     rows["test"].reverse()
     assert load_questions("hub:mrqa").oodomain_val == found.oodomain_val
+
+
+def test_mrqa_passages_to_train_on_are_none_of_those_to_validate_with(monkeypatch):
+    test = [
+        mrqa_row(subset, n) | {"context": mrqa_row(subset, n // 7)["context"]}
+        for subset in ("DuoRC.ParaphraseRC", "RACE", "RelationExtraction")
+        for n in range(700)
+    ]
+    for row in test:
+        at = row["context"].index("Ada")
+        row["detected_answers"]["char_spans"] = [{"start": [at], "end": [at + 11]}]
+    rows = {"train": [], "validation": [], "test": test}
+    fake_hub(monkeypatch, **{"mrqa-workshop/mrqa": rows})
+    found = load_questions("hub:mrqa")
+    for domain, train in found.oodomain_train.items():
+        validation = found.oodomain_val[domain]
+        assert len(train) == 127
+        assert len(validation) == (126 if domain == "duorc" else 128)
+        assert not {q.context for q in train} & {q.context for q in validation}
 
 
 def test_mrqa_detected_answers_count_their_end_in_and_may_be_several(monkeypatch):

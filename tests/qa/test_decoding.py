@@ -276,8 +276,13 @@ def test_logits_that_do_not_fit_are_told(features):
 
 def test_bad_options_are_told(features, wordpiece):
     start, end = logits(features)
-    for options in ({"n_best": 0}, {"min_tokens": 0}, {"min_tokens": 3, "max_tokens": 2}):
-        with pytest.raises(ValueError, match="allowed are at least 1"):
+    for options in (
+        {"n_best": 0},
+        {"n_best": 2.5},
+        {"min_tokens": 0},
+        {"min_tokens": 3, "max_tokens": 2},
+    ):
+        with pytest.raises(ValueError, match="allowed are whole numbers of at least 1"):
             decode(features, start, end, **options)
     answered = Question("a", "who?", "ada wrote", (Answer("ada", 0),), "demo")
     other = Question("b", "who?", "ada wrote", (), "demo")

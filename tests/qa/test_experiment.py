@@ -13,7 +13,7 @@ import transformers
 from torch.utils.flop_counter import FlopCounterMode
 
 from feedforward import records
-from feedforward.augment.back_translation import TranslationCache
+from feedforward.augment.back_translation import EngineError, TranslationCache
 from feedforward.augment.lexicon import Lexicon
 from feedforward.files import DataError, cache_directory
 from feedforward.layers.cost import count as count_cost
@@ -485,13 +485,18 @@ def test_nothing_is_chosen_by_what_is_reported(config, data, monkeypatch, choice
     object.__setattr__(sealed, "sha256", data.sha256)
     monkeypatch.setattr(runs, "load_data", lambda source: sealed)
     monkeypatch.setattr(Sealed, "open", False)
-    measured = runs._measured
 
-    def over(*arguments):
-        Sealed.open = True
-        return measured(*arguments)
+    def unsealed(function, monkeypatch=monkeypatch):
+        def opened(*arguments):
+            with monkeypatch.context() as patch:
+                patch.setattr(Sealed, "open", True)
+                return function(*arguments)
 
-    monkeypatch.setattr(runs, "_measured", over)
+        return opened
+
+    # before training they are only counted
+    for name in ("_check_questions", "_measured"):
+        monkeypatch.setattr(runs, name, unsealed(getattr(runs, name)))
     chosen = {"choice": choice, "training": training(4, evaluate_every=2)}
     record = quiet(arm(config, outside=chosen))
     if choice == "held-out":
@@ -987,6 +992,28 @@ def test_runs_that_cannot_be_are_refused(config, change, message):
         Decoding(3, 2)
     with pytest.raises(ValueError, match="no part"):
         grid("robustqa", "cpu")
+
+
+@pytest.mark.parametrize("split", ["indomain_val", "oodomain_val"])
+def test_what_cannot_be_scored_is_told_before_training(config, data, monkeypatch, trained, split):
+    asked, *_ = data[split].values()
+    unanswered = {"gamma": tuple(replace(question, answers=()) for question in asked)}
+    for own, message in (
+        ({}, f"has no questions in {split}, which a run reports"),
+        (unanswered, rf"of the \d questions of {split} have no accepted answer"),
+    ):
+        monkeypatch.setattr(runs, "load_data", lambda _, own=own: replace(data, **{split: own}))
+        with pytest.raises(DataError, match=message):
+            quiet(config)
+    assert not trained
+
+
+def test_a_missing_engine_is_told_before_training(config, monkeypatch, trained):
+    monkeypatch.setenv("PATH", "/nowhere")
+    translated = arm(config, outside={"augmentations": (Augmentation("back-translation"),)})
+    with pytest.raises(EngineError, match="apertium"):
+        quiet(translated)
+    assert not trained
 
 
 def test_data_of_one_s_own_that_are_missing_say_what_to_set(monkeypatch, tmp_path):

@@ -243,8 +243,10 @@ def test_bad_options_are_told(wordpiece):
         prepare([short], wordpiece, length=16, stride=12)
     with pytest.raises(ValueError, match="no without_answer 'dropped'"):
         prepare([question], wordpiece, without_answer="dropped")
-    with pytest.raises(ValueError, match="stride -1 not negative"):
+    with pytest.raises(ValueError, match="stride -1 one that is not negative"):
         prepare([question], wordpiece, stride=-1)
+    with pytest.raises(ValueError, match=r"length 384\.0 .* whole numbers"):
+        prepare([question], wordpiece, length=384.0)
     with pytest.raises(DataError, match="no questions"):
         prepare([], wordpiece)
 

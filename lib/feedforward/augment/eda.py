@@ -89,7 +89,7 @@ class EDA:
             "deletions": deletions,
         }
         for name, share in shares.items():
-            if not 0 <= share <= 1:
+            if not isinstance(share, (int, float)) or not 0 <= share <= 1:
                 raise ValueError(f"{name} is {share}, a share between 0 and 1 is needed")
         self.shares = shares
         self.lexicon = lexicon

@@ -77,6 +77,9 @@ class Lexicon:
     Args:
         entries: Lower-case word -> its synonyms, best first.
 
+    Raises:
+        ValueError: The synonyms of a word are a text and not a list, or one of them is no word.
+
     >>> Lexicon({"big": ["large", "great"]}).synonyms("big")
     ('large', 'great')
 
@@ -84,7 +87,12 @@ class Lexicon:
     """
 
     def __init__(self, entries: Mapping[str, Iterable[str]]):
-        self._entries = {word: tuple(synonyms) for word, synonyms in entries.items()}
+        self._entries = {}
+        for word, synonyms in entries.items():
+            own = (synonyms,) if isinstance(synonyms, str) else tuple(synonyms)
+            if isinstance(synonyms, str) or not all(isinstance(w, str) and w.strip() for w in own):
+                raise ValueError(f"the synonyms of {word!r} are {synonyms!r}; give a list of words")
+            self._entries[word] = own
 
     def __len__(self) -> int:
         return len(self._entries)

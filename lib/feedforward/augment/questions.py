@@ -1,5 +1,6 @@
 """Augmented copies of questions, with a count of what became of their answers."""
 
+import pickle
 import zlib
 from collections.abc import Callable, Iterable, Sequence
 from concurrent.futures import ProcessPoolExecutor
@@ -91,7 +92,8 @@ def augment_questions(
 
     Raises:
         ValueError: An answer does not stand in its context, an id occurs twice or already stands
-            for a copy, or a number is out of its range.
+            for a copy, a number is out of its range, or the augmenter cannot be sent to other
+            processes.
 
     Book: ``book/robust-qa/02-augmentation``.
     """
@@ -101,8 +103,8 @@ def augment_questions(
         ("seed", seed, 0),
         ("processes", processes, 1),
     ):
-        if value < least:
-            raise ValueError(f"{name} is {value}; at least {least} is needed")
+        if not isinstance(value, (int, np.integer)) or value < least:
+            raise ValueError(f"{name} is {value}; a whole number of at least {least} is needed")
     tasks = [
         (question, f"{question.id}#{number}")
         for question in questions
@@ -121,6 +123,13 @@ def augment_questions(
         chunks = [tasks]  # one request for engines that like many sentences
         results = map(_augment, chunks, repeat(augmenter), repeat(seed))
     else:
+        try:
+            pickle.dumps(augmenter)
+        except Exception as error:  # its own, or what it is made of, raises what it likes
+            raise ValueError(
+                f"the augmenter cannot be sent to other processes ({error}): define it at the top "
+                "of a module, or leave processes at 1"
+            ) from error
         with ProcessPoolExecutor(min(processes, max(1, len(chunks)))) as pool:
             results = list(pool.map(_augment, chunks, repeat(augmenter), repeat(seed)))
     outcomes = list(chain.from_iterable(results))

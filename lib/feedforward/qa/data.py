@@ -67,15 +67,19 @@ def load_squad(
 def _squad_rows(path: Path) -> Iterator[tuple]:
     """Yield (place, id, question, context, answers) of each question of a file, unchecked."""
     try:
-        content = json.loads(path.read_bytes())
+        raw = path.read_bytes()
     except OSError as error:
         raise DataError(f"{path} cannot be read ({error.strerror}); give a SQuAD file") from error
+    if raw.startswith(b"\x1f\x8b"):
+        raise DataError(f"{path} is compressed; unpack it first, for example with: gunzip")
+    try:
+        content = json.loads(raw)
     except UnicodeDecodeError as error:
         raise DataError(
             f"{path} is not UTF-8: byte {error.object[error.start]:#04x} at offset {error.start}. "
             "Convert it, for example with: iconv -f latin1 -t utf-8"
         ) from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise DataError(f"{path} is truncated or no JSON: {error}. Get it again.") from error
     place = "the file"
     try:
@@ -85,9 +89,7 @@ def _squad_rows(path: Path) -> Iterator[tuple]:
                 context, entries = paragraph["context"], paragraph["qas"]
                 for q, entry in enumerate(entries):
                     place = f"data[{a}].paragraphs[{p}].qas[{q}]"
-                    given = entry.get("answers") or ()
-                    pairs = [(answer["text"], answer["answer_start"]) for answer in given]
-                    yield place, entry["id"], entry["question"], context, pairs
+                    yield place, entry["id"], entry["question"], context, _pairs(entry)
     except (KeyError, TypeError, AttributeError) as error:
         what = f"lacks {error}" if isinstance(error, KeyError) else f"is malformed ({error})"
         raise DataError(
@@ -95,6 +97,17 @@ def _squad_rows(path: Path) -> Iterator[tuple]:
             "data[].paragraphs[] of context and qas[] of id, question and answers[] of text and "
             "answer_start."
         ) from error
+
+
+def _pairs(entry: Mapping) -> list[tuple] | str:
+    """Text and start of each answer of a question, or what is wrong with the answers."""
+    given = entry.get("answers") or ()
+    if not isinstance(given, (list, tuple)) or not all(isinstance(one, dict) for one in given):
+        return f"the answers are {given!r}, not a list of text and answer_start"
+    for name in ("text", "answer_start"):
+        if not all(name in one for one in given):
+            return f"an answer lacks {name!r}"
+    return [(one["text"], one["answer_start"]) for one in given]
 
 
 def _checked(
@@ -136,6 +149,8 @@ def _wrong_types(key: Any, question: Any, context: Any, pairs: Any) -> list[str]
     ]
     if key == "":
         wrong.append("the id is empty")
+    if isinstance(pairs, str):
+        return [*wrong, pairs]
     for text, start in pairs:
         if not isinstance(text, str) or not isinstance(start, int) or isinstance(start, bool):
             wrong.append(f"an answer is {text!r} at {start!r}, not a text at a whole number")
@@ -284,7 +299,8 @@ _MRQA_OUTSIDE = {
     "RelationExtraction": "relation_extraction",
 }
 # RobustQA has so many training questions a domain, inside; and outside for training, validation
-_INSIDE, _OUTSIDE_TRAIN, _OUTSIDE_VAL = 50_000, 127, 128
+_INSIDE, _OUTSIDE_TRAIN = 50_000, 127
+_OUTSIDE_VAL = {"duorc": 126, "race": 128, "relation_extraction": 128}
 
 
 def _load_hub(path: str) -> Mapping[str, Iterable[Mapping]]:
@@ -304,7 +320,8 @@ def _load_hub(path: str) -> Mapping[str, Iterable[Mapping]]:
 def _hub_mrqa(report: list[Problem] | None) -> dict[str, dict]:
     """The sets of RobustQA out of MRQA 2019, as many questions of each as there.
 
-    Which questions RobustQA drew is not public: here they are the first by the hash of their ids.
+    Which questions RobustQA drew is not public: here they are the first by the hash of their ids,
+    and outside by that of their passages, none of which is on both sides.
     """
     data = _load_hub("mrqa-workshop/mrqa")
     seen: dict[str, str] = {}
@@ -317,14 +334,28 @@ def _hub_mrqa(report: list[Problem] | None) -> dict[str, dict]:
         return {domain: sorted(it, key=_by_hash) for domain, it in by_domain.items()}
 
     outside = read("test", _MRQA_OUTSIDE)
-    upto = _OUTSIDE_TRAIN + _OUTSIDE_VAL
+    parted = {domain: _parted(it, _OUTSIDE_VAL[domain]) for domain, it in outside.items()}
     inside = {split: read(split, _MRQA_INSIDE) for split in ("train", "validation")}
     return {
         "indomain_train": {d: tuple(it[:_INSIDE]) for d, it in inside["train"].items()},
         "indomain_val": {d: tuple(it) for d, it in inside["validation"].items()},
-        "oodomain_train": {d: tuple(it[:_OUTSIDE_TRAIN]) for d, it in outside.items()},
-        "oodomain_val": {d: tuple(it[_OUTSIDE_TRAIN:upto]) for d, it in outside.items()},
+        "oodomain_train": {domain: train for domain, (train, _) in parted.items()},
+        "oodomain_val": {domain: val for domain, (_, val) in parted.items()},
     }
+
+
+def _parted(
+    questions: Iterable[Question], validation: int
+) -> tuple[tuple[Question, ...], tuple[Question, ...]]:
+    """Questions of a set to train on, and others on other passages to validate with."""
+    by_passage: dict[str, list[Question]] = {}
+    for question in questions:
+        by_passage.setdefault(question.context, []).append(question)
+    train: list[Question] = []
+    val: list[Question] = []
+    for passage in sorted(by_passage, key=lambda text: hashlib.sha256(text.encode()).digest()):
+        (train if len(train) < _OUTSIDE_TRAIN else val).extend(by_passage[passage])
+    return tuple(train[:_OUTSIDE_TRAIN]), tuple(val[:validation])
 
 
 def _by_hash(question: Question) -> bytes:

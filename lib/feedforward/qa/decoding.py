@@ -69,10 +69,11 @@ def decode(
         ValueError: When the logits do not fit the windows or are not finite (those of the [CLS]
             where they count), a question has no window, or an option is out of range.
     """
-    if n_best < 1 or not 1 <= min_tokens <= max_tokens:
+    whole = all(isinstance(n, (int, np.integer)) for n in (n_best, min_tokens, max_tokens))
+    if not whole or n_best < 1 or not 1 <= min_tokens <= max_tokens:
         raise ValueError(
-            f"n_best is {n_best}, tokens from {min_tokens} to {max_tokens}; allowed are at least "
-            "1, and a minimum that is not above the maximum"
+            f"n_best is {n_best}, tokens from {min_tokens} to {max_tokens}; allowed are whole "
+            "numbers of at least 1, and a minimum that is not above the maximum"
         )
     logits = [_checked(values, features) for values in (start_logits, end_logits)]
     windows = np.bincount(features.question, minlength=len(features.questions))

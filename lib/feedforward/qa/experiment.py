@@ -294,7 +294,7 @@ _RELEASED = {
 
 
 def _paper() -> list[QuestionAnsweringConfig]:
-    """The arms at the released recipe's scale, and the recipe itself with all its defects."""
+    """The arms at the released recipe's scale, and the recipe itself with its defects."""
     arms = {config.variant: config for config in _arms(_PAPER)}
     three = replace(
         _PAPER.inside, epochs=3, training=replace(_PAPER.inside.training, steps=3 * 150_000 // 16)
@@ -323,7 +323,9 @@ def grid(part: str, profile: str) -> dict[str, QuestionAnsweringConfig]:
     architecture of `ARCHITECTURES` has the same two arms, ``moe-zero-shot`` and ``moe``. At smoke
     there is no back translation, which needs an engine. At `paper` the recipe is the released one:
     three epochs for the baseline, and for the others five in domain and a hundred out of it, 16
-    experts, Spanish and French by Marian; ``as-released`` has all of its defects.
+    experts, Spanish and French by Marian. ``as-released`` has the defects
+    1 to 4 and 7; the fifth is one of the stacked form, the sixth of a first stage with copies. Its
+    balance loss counts both choices of a token, the released one the first alone.
 
     Raises:
         ValueError: When the part or the profile is unknown.

@@ -225,10 +225,11 @@ def prepare(
 def _check(questions, length, stride, question_length, without_answer) -> None:
     if without_answer not in WITHOUT_ANSWER:
         raise ValueError(unknown("without_answer", without_answer, WITHOUT_ANSWER))
-    if stride < 0 or question_length < 1 or length < 1:
+    whole = all(isinstance(n, (int, np.integer)) for n in (length, stride, question_length))
+    if not whole or stride < 0 or question_length < 1 or length < 1:
         raise ValueError(
-            f"length {length} and question_length {question_length} must be at least 1, "
-            f"stride {stride} not negative"
+            f"length {length} and question_length {question_length} must be whole numbers of at "
+            f"least 1, stride {stride} one that is not negative"
         )
     if not questions:
         raise DataError("there are no questions to prepare; give at least one")

@@ -162,9 +162,9 @@ def run(
 ) -> Record:
     """Train the reader of `config` stage by stage and measure it.
 
-    The questions that are reported are read once, after training, unless a stage chooses its
-    weights by them. A run that was killed continues from its last checkpoint, or from the last
-    stage that it or another run with the same stages ended.
+    The questions that are reported are answered once, after training, unless a stage chooses its
+    weights by them; before it they are only counted. A run that was killed continues from its last
+    checkpoint, or from the last stage that it or another run with the same stages ended.
 
     Args:
         config: What to run.
@@ -189,8 +189,10 @@ def run(
         did, ``training seconds`` and ``training FLOPs`` are of all of them.
 
     Raises:
-        DataError: When the questions are missing or damaged.
+        DataError: When questions are missing, damaged, or without an answer to be scored by.
         MissingEncoder: When the encoder cannot be loaded.
+        MissingLexicon: When synonyms are wanted and not installed.
+        EngineError: When a translation is wanted and its engine is not installed or failed.
         TrainingError: When the loss is no longer finite.
         ValueError: When several processes run it, or its windows are longer than the encoder reads.
     """
@@ -214,6 +216,7 @@ def run(
             "set its length to no more",
         )
         data, tokenizer = load_data(config.source), load_tokenizer(config.reader.encoder)
+        _check_questions(config, data)
         reader, logs = _Training(config, data, tokenizer, progress, device).after()
         record = _measured(config, data, tokenizer, reader.to(device), logs, device)
         record.save(folder / "record.json")
@@ -280,6 +283,23 @@ def _scored(config: QuestionAnsweringConfig, data: Questions, split: str) -> tup
     limit = config.scored_inside if split == "indomain_val" else config.scored_outside
     sets = data[split].values()
     return tuple(question for own in sets for question in subsample(own, limit))
+
+
+def _check_questions(config: QuestionAnsweringConfig, data: Questions) -> None:
+    """Find before training what would end the run after it."""
+    for split in ("indomain_val", "oodomain_val"):
+        scored = _scored(config, data, split)
+        if not scored:
+            raise DataError(f"{data.source} has no questions in {split}, which a run reports")
+        if unanswered := [question.id for question in scored if not question.answers]:
+            raise DataError(
+                f"{len(unanswered)} of the {len(scored)} questions of {split} have no accepted "
+                f"answer, {unanswered[0]!r} the first, and cannot be scored: leave them out"
+            )
+    for stage in config.stages:
+        plain = stage_questions(replace(stage, augmentations=()), data, config.seed).plain
+        for augmentation in stage.augmentations:
+            augmentation(plain[-1:], config.seed)  # a lexicon or an engine may be missing
 
 
 def _measured(config, data, tokenizer, reader, logs, device) -> Record:

@@ -127,7 +127,8 @@ class Stage:
         per_set: Questions of each set at most, drawn by `subsample`; None for all.
         augmentations: Of the out-of-domain questions; their copies stand beside them, in the
             released form of EDA in their place.
-        balance: Weight of the load-balancing loss, averaged over the layers with experts.
+        balance: Weight of the load-balancing loss, averaged over the layers with experts. A gate
+            over whole encoders, a mixture's, has none.
         frozen_experts: Keep the experts as the stage finds them; routers and the rest learn.
         choice: Which weights the stage leaves: the ``"last"``, or the best by F1 of those after
             every ``training.evaluate_every`` steps, on a part of the stage's own training
