@@ -109,6 +109,19 @@ def test_what_never_happened_decides_no_direction(band):
     assert "equal in every run" in result.reason
 
 
+def test_what_happened_and_changed_nothing_is_a_finding():
+    def runs(*stakes):
+        return [record("a", s, 1.0, other=1.0, lost=lost) for s, lost in enumerate(stakes)]
+
+    same = {"reference": ("a",), "reference_metric": "other"}
+    statistic = difference(band=(0.0, INF), at_stake={"lost": 0.01}, **same)
+    assert judge(statistic, runs(0.02, 0.05, 0.01)).verdict == "not reproduced"
+    assert judge(statistic, runs(0.02, 0.05, 0.009)).verdict == "inconclusive"
+    assert judge(statistic, arm("a", [1.0] * 3, other=1.0)).verdict == "inconclusive"
+    unequal = [record("a", s, 1.0 + s / 10, other=0.0, lost=0.0) for s in range(3)]
+    assert judge(statistic, unequal).verdict == "reproduced"
+
+
 def test_no_effect_can_be_claimed_too():
     same, apart = arm("a", [5.0, 5.01, 4.99]), arm("a", [7.0, 7.01, 6.99])
     statistic = difference(band=(-0.5, 0.5))

@@ -112,6 +112,8 @@ class Statistic:
         metric: the name of a number in the records' metrics.
         reference_metric: the reference's, where it is another one.
         against: of a ``value``: what it would be without an effect.
+        at_stake: metrics of every arm, with the least that shows that what is claimed to matter
+            did happen; then runs that are all equal are a finding, and else they test nothing.
         x: of a ``slope``: the metric whose decades count.
         terms: of a ``contrast``: weights, variants and metrics.
         check: of an ``exact`` claim: ``module:function`` of this library; it takes the name of a
@@ -132,6 +134,7 @@ class Statistic:
     metric: str = ""
     reference_metric: str = ""
     against: float | None = None
+    at_stake: Mapping[str, float] = field(default_factory=dict)
     x: str = ""
     terms: tuple[tuple[float, str, str], ...] = ()
     check: str = ""
@@ -266,9 +269,7 @@ def _claim(entry: Any) -> Claim:
     _fields(entry, "the claim", required, {"at_least", "note"})
     _choice(entry["paper"], "paper", PAPERS)
     _choice(entry["profile"], "profile", SCALES)
-    at_least = entry.get("at_least", {})
-    if not isinstance(at_least, dict) or not all(_is_number(v) for v in at_least.values()):
-        raise ClaimError(f"at_least is {at_least!r}; write metric: number")
+    at_least = _leasts(entry, "at_least")
     return Claim(
         id=_text(entry, "id"),
         paper=entry["paper"],
@@ -280,6 +281,13 @@ def _claim(entry: Any) -> Claim:
         at_least=at_least,
         note=_text(entry, "note") if "note" in entry else "",
     )
+
+
+def _leasts(entry: Any, name: str) -> dict[str, float]:
+    leasts = entry.get(name, {})
+    if not isinstance(leasts, dict) or not all(_is_number(v) for v in leasts.values()):
+        raise ClaimError(f"{name} is {leasts!r}; write metric: number")
+    return leasts
 
 
 def _published(entry: Any) -> Published:
@@ -295,11 +303,12 @@ def _statistic(entry: Any) -> Statistic:
     required, further = _KINDS[entry["kind"]]
     measured = entry["kind"] != "exact"
     common = {"kind", "band"} | ({"experiment"} if measured else set())
-    further = further | {"of", "unit"} | ({"possible"} if measured else set())
+    further = further | {"of", "unit"} | ({"possible", "at_stake"} if measured else set())
     _fields(entry, f"a statistic of kind {entry['kind']!r}", common | required, further)
     values: dict[str, Any] = {"experiment": "", "band": _range(entry, "band")}
     if "possible" in entry:
         values["possible"] = _range(entry, "possible")
+    values["at_stake"] = _leasts(entry, "at_stake")
     for name in ("kind", "experiment", "of", "unit", "metric", "reference_metric", "x", "check"):
         if name in entry:
             values[name] = _text(entry, name)
@@ -395,8 +404,9 @@ def verdicts(claims: Iterable[Claim], records: Iterable[Record]) -> list[Verdict
        mixed. No such records: *not run*.
     2. Records below the claim's least scale: *needs more scale*.
     3. A metric that is not finite, fewer than three seeds, or a claimed direction where the arms
-       are equal in every run (such as no spike in either): *inconclusive*. A run that diverged is
-       never left out, since that would flatter its arm.
+       are equal in every run (such as no spike in either), unless records show that something was
+       at stake: *inconclusive*. A run that diverged is never left out, since that would flatter
+       its arm.
     4. Otherwise the 95 % interval decides, as :func:`decide` says.
 
     The interval is a t interval over seeds, of paired values where the arms share three seeds or
@@ -634,7 +644,10 @@ def _judge(statistic: Statistic, arms: _Arms) -> tuple[str, str, float, float, f
         return "inconclusive", "no gap is established", estimate, math.nan, math.nan
     least, most = statistic.possible
     low, high = max(low, least), min(high, most)
-    if low == high == statistic.null and statistic.null in statistic.band:
+    equal = low == high == statistic.null and statistic.null in statistic.band
+    every = [run for runs in arms.values() for run in runs.values()]
+    at_stake = statistic.at_stake and all(_reaches(run, statistic.at_stake) for run in every)
+    if equal and not at_stake:
         reason = "equal in every run, so that nothing was put to the test"
         return "inconclusive", reason, estimate, low, high
     verdict = decide(low, high, statistic.band, statistic.null)

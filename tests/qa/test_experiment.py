@@ -31,6 +31,7 @@ from feedforward.qa.evaluation import (
     expert_layers,
     measure,
     pad,
+    pool,
 )
 from feedforward.qa.experiment import grid
 from feedforward.qa.model import ReaderConfig, build_reader
@@ -590,6 +591,11 @@ def test_the_same_weights_also_answer_without_dropping(config, monkeypatch):
     assert inside > 0
     assert min(outside[:2]) > 0
     assert outside[2:] == [0, 0]
+    usages = [pool(one.usage.values())[0] for one in seen]
+    assert usages[-1].lost == pytest.approx(0, abs=1e-3)
+    lost = [usage.lost / usage.tokens for usage in usages[1:3]]
+    assert metrics["dropped weight"] == pytest.approx(np.mean(lost))
+    assert 0 < metrics["dropped weight"] < 0.2
     scores = [one.items.score() for one in seen]
     assert metrics["range of out-of-domain F1 without dropping"] == 0
     assert metrics["out-of-domain F1 without dropping"] == scores[-1].f1

@@ -60,15 +60,22 @@ class Usage:
         entropy: Sum of the probabilities' entropies, in nats.
         dropped: Choices that no expert had room for.
         crowded: As many of them as would have been dropped in the same places without padding.
+        lost: Of weights that sum to 1 for each token: how much of them was dropped.
     """
 
     def __init__(self, experts: int):
-        self.tokens, self.entropy, self.dropped, self.crowded = 0, 0.0, 0, 0
+        self.tokens, self.entropy, self.lost = 0, 0.0, 0.0
+        self.dropped, self.crowded = 0, 0
         self.chosen = torch.zeros(experts, dtype=torch.float64)
         self.believed = torch.zeros(experts, dtype=torch.float64)
 
     def add(
-        self, probabilities: Tensor, chosen: Tensor, dropped: int = 0, places: float = math.inf
+        self,
+        probabilities: Tensor,
+        chosen: Tensor,
+        dropped: int = 0,
+        places: float = math.inf,
+        lost: float = 0.0,
     ) -> None:
         """Count some tokens.
 
@@ -77,6 +84,7 @@ class Usage:
             chosen: (E,) their choices.
             dropped: How many of them were dropped.
             places: How many choices each expert had room for, those of padding included.
+            lost: How much of their weights was dropped.
         """
         p = probabilities.double()
         self.tokens += len(p)
@@ -84,6 +92,7 @@ class Usage:
         self.entropy += float(torch.special.entr(p).sum())
         self.chosen += chosen.double().cpu()
         self.dropped += dropped
+        self.lost += lost
         self.crowded += int((chosen - places).clamp(min=0).sum())
 
     def __add__(self, other: "Usage") -> "Usage":
@@ -113,6 +122,11 @@ class Usage:
     def dropped_share(self) -> float:
         """The share of the choices that were dropped."""
         return self.dropped / max(1.0, float(self.chosen.sum()))
+
+    @property
+    def lost_weight(self) -> float:
+        """What a token lost of its weight, on average."""
+        return self.lost / max(1, self.tokens)
 
     @property
     def crowded_share(self) -> float:
@@ -176,8 +190,9 @@ class Watched(nn.Module):
         for usage, routing in zip(self.usage, routings, strict=False):
             probabilities, indices = routing.probabilities[real], routing.indices[real]
             chosen = torch.bincount(indices.flatten(), minlength=probabilities.shape[1])
-            dropped = int((routing.weights[real] == 0).sum())
-            usage.add(probabilities, chosen, dropped, self._places(routing))
+            weights = routing.weights[real]
+            dropped, lost = int((weights == 0).sum()), float((1 - weights.double().sum(1)).sum())
+            usage.add(probabilities, chosen, dropped, self._places(routing), lost)
         if output.gate is not None:
             self.usage[-1].add(output.gate, output.gate.sum(0))
         return ReaderOutput(

@@ -176,10 +176,11 @@ def run(
         from a folder. F1 and EM, in percent, are means over questions: ``in-domain F1``,
         ``out-of-domain EM`` and of each domain (``squad F1``); ``items`` has those of single
         questions. ``range of out-of-domain F1`` is over the repeated answers, whose mean the scores
-        are; of a reader that drops second experts, the names that end in ``without dropping`` are
-        what the same weights give when they stay. Of readers with experts: ``expert layers`` names
-        the layers; ``load`` gives by domain, and for ``all``, each layer's share of choices by
-        expert; ``largest share`` is the share of real tokens that choose the busiest expert and
+        are; of a reader that drops second experts, ``dropped weight`` is what an out-of-domain
+        token loses of its weights, which sum to 1, and the names that end in ``without dropping``
+        are what the same reader gives when they stay. Of readers with experts: ``expert layers``
+        names the layers; ``load`` gives by domain, and for ``all``, each layer's share of choices
+        by expert; ``largest share`` is the share of real tokens that choose the busiest expert and
         ``routing entropy`` that of the router's probabilities over that of an even choice, both a
         mean over the layers; where the layers have a capacity, ``dropped share`` is the share of
         real tokens' choices that no expert had room for, and ``dropped share without padding`` what
@@ -438,6 +439,9 @@ def _usage(config, layers: Sequence[str], inside: Measured, tries: Sequence[Meas
             for name, usage in by_name.items()
         },
     }
+    if config.reader.drop_second:
+        outside = pool(pool(one.usage.values()) for one in tries)
+        metrics["dropped weight"] = float(np.mean([layer.lost_weight for layer in outside]))
     if config.reader.eval_capacity_factor is not None:
         metrics["dropped share"] = float(np.mean([layer.dropped_share for layer in every]))
         crowded = float(np.mean([layer.crowded_share for layer in every]))
