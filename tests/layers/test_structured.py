@@ -2,6 +2,7 @@
 
 import copy
 import math
+import sys
 import time
 from types import SimpleNamespace
 
@@ -11,6 +12,8 @@ import torch.nn.functional as F
 from torch import nn
 from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
 
 from feedforward import BlockDense, BlockShuffle, LowRank, PreMerged
 from feedforward.layers.structured import INITS, measure_threshold, search_threshold
@@ -476,6 +479,32 @@ def test_compiles_whole(name):
         torch.testing.assert_close(compiled(x), layer(x))
 
 
+@pytest.mark.parametrize("name", ["lowrank-up", "shuffle-up", "shuffle-paper", "dense-up"])
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+def test_an_exported_graph_is_for_any_number_of_tokens(name, mode):
+    layer = build(CASES[name])
+    tokens = torch.export.Dim("tokens", max=4096)
+    with mode():
+        example = torch.randn(2, layer.in_features)
+        graph = torch.export.export(layer, (example,), dynamic_shapes=({0: tokens},)).module()
+        for number in (1, 2, 17, 100):
+            x = torch.randn(number, layer.in_features)
+            torch.testing.assert_close(graph(x), layer(x))
+
+
+@every_case
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad])
+@pytest.mark.filterwarnings("ignore")  # of the check of the width, which is one of the example
+def test_a_traced_graph_is_for_any_number_of_tokens(case, mode):
+    layer = build(case)
+    for number in (2, 100):
+        with mode():
+            traced = torch.jit.trace(layer, torch.randn(number, layer.in_features))
+        for other in (1, 17, 100):
+            x = torch.randn(other, layer.in_features)
+            torch.testing.assert_close(traced(x), layer(x))
+
+
 @every_case
 def test_state_dict_round_trip_and_deepcopy(case):
     layer, other = build(case), build(case, seed=1)
@@ -516,6 +545,67 @@ def test_premerged_is_dense_up_to_the_threshold(case, monkeypatch):
         assert calls == [5, 6]
         for x, y in zip(inputs, outputs, strict=True):
             torch.testing.assert_close(y, layer(x), rtol=1e-10, atol=1e-10)
+
+
+class Operations(TorchDispatchMode):
+    """Lists what torch is told to compute, and on which tensors: their names or their shapes."""
+
+    def __init__(self, **named):
+        super().__init__()
+        self.names = {tensor.data_ptr(): name for name, tensor in named.items()}
+        self.done = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        kwargs = kwargs or {}
+        tensors = [t for t in tree_leaves((args, kwargs)) if isinstance(t, torch.Tensor)]
+        known = [self.names.get(t.data_ptr(), tuple(t.shape)) for t in tensors]
+        self.done.append((func, known))
+        return func(*args, **kwargs)
+
+
+@torch.no_grad()
+@every_case
+def test_premerged_computes_what_the_way_it_takes_does_and_nothing_else(case):
+    """So it can be slower than the faster of the two ways by no more than its decision."""
+    layer = build(case)
+    merged = PreMerged(layer, threshold=4).eval()
+
+    def operations(run, x):
+        named = {"x": x, "W": merged.merged} | dict(layer.named_parameters())
+        with Operations(**named) as listed:
+            run(x)
+        return listed.done
+
+    def dense(x):
+        return F.linear(x, merged.merged, layer.bias)
+
+    for tokens in (1, 4, 5, 40):
+        x = torch.randn(tokens, layer.in_features)
+        taken, ways = operations(merged, x), {way: operations(way, x) for way in (dense, layer)}
+        assert taken == ways[dense if tokens <= 4 else layer]
+        assert ways[dense] != ways[layer]
+
+
+@torch.no_grad()
+def test_premerged_decides_in_few_calls():
+    """Counted are those of functions, in Python and below it; a time would be the machine's too."""
+    layer = build(CASES["lowrank-up"])
+    merged = PreMerged(layer, threshold=4).eval()
+    plain = layer.to_linear()
+
+    def calls(run, x):
+        run(x)
+        events = []
+        sys.setprofile(lambda frame, event, what: events.append(event))
+        try:
+            run(x)
+        finally:
+            sys.setprofile(None)
+        return sum(event.endswith("call") for event in events)
+
+    for tokens, way in ((4, plain), (5, layer)):
+        x = torch.randn(tokens, layer.in_features)
+        assert calls(merged, x) - calls(way, x) <= 20
 
 
 def test_premerged_threshold_zero_never_merges(monkeypatch):
@@ -697,6 +787,23 @@ def test_transforms_of_functions_without_gradients(case, merge):
     y = torch.func.vmap(lambda w: torch.func.functional_call(module, w, (x[0],)))(stacked)
     torch.testing.assert_close(y[0], expected[0])
     torch.testing.assert_close(module(x), expected)
+
+
+@pytest.mark.parametrize("merge", [False, True])
+@every_case
+def test_vmap_over_one_of_the_weights(case, merge):
+    layer = build(case, dtype=torch.float64).eval()
+    module = PreMerged(layer, threshold=8) if merge else layer
+    for tokens in (3, 40):
+        x = torch.randn(tokens, layer.in_features, dtype=torch.float64)
+        for name, weight in module.named_parameters():
+
+            def function(w, name=name, x=x):
+                return torch.func.functional_call(module, {name: w}, (x,))
+
+            three = torch.stack([weight, 2 * weight, 3 * weight])
+            each = torch.stack([function(w) for w in three])
+            torch.testing.assert_close(torch.func.vmap(function)(three), each)
 
 
 @pytest.mark.parametrize("merge", [False, True])

@@ -172,11 +172,16 @@ def test_a_plan_of_the_paper_compares_where_it_printed_something():
 def test_other_profiles_have_no_hours_and_no_paper():
     cpu = list(grid("structured-ffn", "cpu").values())[:2]
     made = plan("cpu", cpu)
-    assert made.columns == ("run", "M all", "M FFN", "B tokens", "FLOPs")
+    assert made.columns == ("run", "M all", "M FFN", "M tokens", "FLOPs")
     assert [row[0] for row in made.rows] == ["dense", "lowrank-63"]
+    # small models in digits that tell them apart
+    for config, row in zip(cpu, made.rows, strict=True):
+        own = account(config)
+        for name, shown in zip(("parameters", "FFN parameters", "tokens"), row[1:4], strict=True):
+            assert float(shown) == pytest.approx(own[name] / 1e6, rel=2e-3)
     assert made.commands == []
     gpu = plan("gpu", list(grid("structured-ffn", "gpu").values()))
-    assert gpu.columns[-1] == "GiB/GPU"
+    assert gpu.columns == ("run", "M all", "M FFN", "B tokens", "FLOPs", "GiB/GPU")
     assert len(gpu.rows) == len(grid("structured-ffn", "gpu"))
     assert any("fineweb" in note for note in gpu.notes)
 

@@ -185,11 +185,32 @@ def test_no_more_tokens_than_top_k_are_drawn_where_scores_are_equal():
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 2.0}, "top_p is 2.0"),
         ({"generator": [torch.Generator()]}, "1 generators for 2 rows"),
+        ({"logits": torch.tensor([[0.0, 1.0], [math.nan, 1.0]])}, "in row 1 is nan; .*finite"),
+        ({"logits": torch.tensor([[math.inf, 1.0], [0.0, 1.0]])}, "in row 0 is inf"),
+        ({"logits": torch.full((2, 5), -math.inf)}, "in row 0 is -inf"),
     ],
 )
-def test_what_cannot_be_drawn_is_refused(changes, says):
+@pytest.mark.parametrize(
+    "way", [{}, {"temperature": 0}, {"top_k": 1}, {"top_k": 2}, {"top_p": 0.5}]
+)
+def test_what_cannot_be_drawn_is_refused(changes, says, way):
     with pytest.raises(ValueError, match=says):
-        sample(**{"logits": torch.zeros(2, 5)} | changes)
+        sample(**{"logits": torch.zeros(2, 5)} | way | changes)
+
+
+def test_tokens_may_be_impossible_and_scores_large():
+    logits = torch.tensor([[-math.inf, 1.0, -math.inf], [6e4, 0.0, -math.inf]]).half()
+    for way in ({}, {"temperature": 0}, {"top_k": 2}, {"top_p": 0.9}):
+        # the sum of the largest is too large for half precision
+        assert sample(logits.repeat(4, 1), **way).tolist() == [1, 0] * 4
+
+
+def test_a_model_that_is_broken_writes_nothing():
+    model = decoder()
+    with torch.no_grad():
+        model.blocks[1].ffn.up.weight[0, 0] = math.nan
+    with pytest.raises(ValueError, match="in row 0 is nan"):
+        generate(model, [[1, 2, 3]], 2)
 
 
 def test_a_row_ends_at_the_stop_token():
@@ -247,6 +268,7 @@ def test_autocast_keeps_the_cache_in_its_type():
         ({"tokens": [[-1, 6]]}, "from -1 to 6"),
         ({"tokens": [[1.5]]}, "float32"),
         ({"length": -1}, "length is -1"),
+        ({"length": 2.0}, r"length is 2\.0; .*whole number"),
         ({"length": 22}, "3 tokens and 22 new ones .* context of 24: add at most 21"),
         ({"temperature": -1}, "temperature is -1"),
         ({"temperature": math.inf}, "temperature is inf"),
@@ -255,6 +277,7 @@ def test_autocast_keeps_the_cache_in_its_type():
         ({"top_p": 0.0}, "top_p is 0.0"),
         ({"top_p": 1.5}, "top_p is 1.5"),
         ({"stop": 61}, "stop is 61"),
+        ({"stop": 1.5}, r"stop is 1\.5"),
         ({"generator": [torch.Generator()]}, "1 generators for 2 rows"),
     ],
 )

@@ -20,6 +20,8 @@ from feedforward.lm.experiment import (
     Guidance,
     LanguageModelConfig,
     grid,
+    guide_flops,
+    guide_parameters,
     guided_share,
     loss_spikes,
     measure,
@@ -373,6 +375,22 @@ def test_the_guided_share_makes_the_protocol_cost_what_dense_training_does(gated
     assert protocol == pytest.approx(flops(dense), rel=1e-12)
 
 
+def test_there_is_no_share_without_a_guide_or_FLOPs_for_it():
+    dense = DecoderConfig(vocabulary=300, width=32, layers=3, heads=2, context=24)
+    low = dataclasses.replace(dense, ffn="lowrank", rank=32)  # more weights than a dense matrix
+    with pytest.raises(ValueError, match="none are left for a guide"):
+        guided_share(dense, low)
+    with pytest.raises(ValueError, match="structured layers; the model's are dense"):
+        guided_share(low, dense)
+    experts = dataclasses.replace(dense, ffn="moe", experts=4)
+    for count_of in (guide_parameters, guide_flops):
+        with pytest.raises(ValueError, match="structured layers; the model's are MoE"):
+            count_of(experts)
+    low = dataclasses.replace(low, rank=8)
+    assert guide_parameters(low) == 2 * 2 * 32 * 128
+    assert guide_parameters(low.shape()) == guide_parameters(low)
+
+
 def test_guides_fall_by_the_schedule_and_leave(guided, seen):
     run(guided, progress=False, device="cpu")
     parts = [alphas for _, alphas in seen]
@@ -616,3 +634,10 @@ def test_what_is_no_spike():
     assert loss_spikes(np.linspace(1, 3, 200), window=200) == 1
     spikes = [1.0, 9.0] * 5
     assert loss_spikes(spikes[:4]) == 2
+
+
+@pytest.mark.parametrize("count_of", [loss_spikes, spike_starts])
+@pytest.mark.parametrize("window", [0, -3])
+def test_without_points_to_compare_with_there_is_no_spike_to_count(count_of, window):
+    with pytest.raises(ValueError, match=f"window is {window}; "):
+        count_of([1.0, 2.0, 3.0], window=window)

@@ -250,6 +250,9 @@ def test_the_runs_of_the_stability_part_differ_in_one_thing():
         arm, mixed = STABILITY[half_guided(name)], STABILITY[f"{name}-halfmixed"]
         assert (arm.guidance, arm.training.lr) == (half, LEARNING_RATES[name])
         assert arm == dataclasses.replace(mixed, variant=arm.variant, guidance=half)
+    for arm in ("foo", "dense", "lowrank-63", "lowrank-32-guided"):  # no runs of them are guided
+        with pytest.raises(ValueError, match=f"no guided arm '{arm}'.*'lowrank-32'"):
+            half_guided(arm)
     for init in ("orthonormal", "gaussian"):
         own, other = (STABILITY[f"lowrank-32{i}-lr0.016"].model for i in ("", f"-{init}"))
         assert (own.init, other.init) == (None, init)

@@ -369,7 +369,9 @@ class BlockShuffle(StructuredLinear):
         """What `v` makes of `x` (T, N), dealt out to the blocks of `u`: (B, T, m/B)."""
         tokens, (hidden, width) = x.shape[0], self.v.shape[1:]
         x, part = _by_blocks(x, self.blocks), hidden // self.blocks
-        if tokens <= width or hidden % self.blocks:
+        # an exported graph is one for any number of tokens, so it must not ask how many there are
+        few = not torch.compiler.is_exporting() and tokens <= width
+        if few or hidden % self.blocks:
             # the blocks' outputs side by side, then dealt out: a transpose of (m/B, B)
             h = x @ self.v.transpose(1, 2)
             return h.transpose(0, 1).reshape(tokens, hidden, self.blocks).permute(2, 0, 1)
@@ -390,8 +392,12 @@ class BlockShuffle(StructuredLinear):
                 torch.add(block, bias, out=place)
             return out.view(tokens, self.out_features)
         y = y.permute(1, 2, 0).reshape(tokens, self.out_features)
+        if self.bias is None:
+            return y
+        if _transforming():  # vmap may bring more biases than there is room for in y
+            return (y + self.bias).to(y.dtype)
         # in place, so that autocast's type stays
-        return y if self.bias is None else y.add_(self.bias)
+        return y.add_(self.bias)
 
     def _project(self, weight: Tensor) -> tuple[Tensor, Tensor]:
         # Block b of v and block c of u meet in the outputs c, c + B, ... and the inputs of b; what
@@ -527,7 +533,7 @@ class BlockDense(StructuredLinear):
 
     def _multiply(self, x: Tensor) -> Tensor:
         blocks, v = _by_blocks(x, self.blocks), self.v.transpose(1, 2)
-        if x.shape[0] <= 16 and _allows_out(x):
+        if _allows_out(x) and x.shape[0] <= 16:
             # decoding: the blocks write side by side, which saves a copy and a tenth of the time
             h = x.new_empty(x.shape[0], self.rank)
             torch.bmm(blocks, v, out=_by_blocks(h, self.blocks))
@@ -799,7 +805,7 @@ def _by_blocks(x: Tensor, blocks: int) -> Tensor:
 
 def _allows_out(x: Tensor) -> bool:
     """Whether a product may write into a tensor that is there already."""
-    if torch.is_grad_enabled() or torch.compiler.is_compiling():
+    if torch.is_grad_enabled() or torch.compiler.is_compiling() or torch.jit.is_tracing():
         return False
     # transforms of functions and forward-mode derivatives go on without a graph
     if _transforming() or forward_ad._current_level >= 0:

@@ -191,15 +191,28 @@ def utilisation() -> float:
 
 # --- all runs of a profile ----------------------------------------------------------------------
 
-# column: quantity, what it is divided by, format
-_COLUMNS = {
+# by profile, column: quantity, what it is divided by, format
+_GPU_COLUMNS = {
     "M all": ("parameters", 1e6, ".1f"),
     "M FFN": ("FFN parameters", 1e6, ".1f"),
     "B tokens": ("tokens", 1e9, ".2f"),
     "FLOPs": ("training FLOPs", 1.0, ".2e"),
     "GiB/GPU": ("bytes per GPU", 2**30, ".1f"),
-    "A100 h": ("A100 hours", 1.0, ".1f"),
-    "ppl": ("validation perplexity", 1.0, ".2f"),
+}
+_COLUMNS = {
+    "gpu": _GPU_COLUMNS,
+    "paper": _GPU_COLUMNS
+    | {
+        "A100 h": ("A100 hours", 1.0, ".1f"),
+        "ppl": ("validation perplexity", 1.0, ".2f"),
+    },
+}
+# at all others models are small
+_SMALL_COLUMNS = {
+    "M all": ("parameters", 1e6, ".3f"),
+    "M FFN": ("FFN parameters", 1e6, ".3f"),
+    "M tokens": ("tokens", 1e6, ".3f"),
+    "FLOPs": ("training FLOPs", 1.0, ".2e"),
 }
 
 
@@ -211,7 +224,7 @@ def plan(profile: str, configs: Iterable[LanguageModelConfig]) -> Plan:
         configs: Of the runs.
     """
     configs = list(configs)
-    columns = list(_COLUMNS)[: {"gpu": 5, "paper": 7}.get(profile, 4)]
+    columns = _COLUMNS.get(profile, _SMALL_COLUMNS)
     rows = [row for config in configs for row in _rows(config, columns, profile == "paper")]
     notes = [_FLOPS_NOTE]
     if profile in ("gpu", "paper"):
@@ -242,12 +255,13 @@ _MEMORY_NOTE = (
 )
 
 
-def _rows(config: LanguageModelConfig, columns: list[str], with_paper: bool) -> list[list[str]]:
+def _rows(
+    config: LanguageModelConfig, columns: Mapping[str, tuple], with_paper: bool
+) -> list[list[str]]:
     """One row with our numbers; where the paper has some, one with them and one that compares."""
     own, paper = account(config), PRINTED.get(config.variant, {}) if with_paper else {}
     ours, theirs, compared = [config.variant], ["  paper"], ["  ours / paper"]
-    for column in columns:
-        quantity, unit, form = _COLUMNS[column]
+    for quantity, unit, form in columns.values():
         number, figure = own.get(quantity), paper.get(quantity)
         ours.append("" if number is None else f"{number / unit:{form}}")
         theirs.append(f"{figure.value / unit:{form}} {figure.mark}" if figure else "")

@@ -59,8 +59,9 @@ def generate(
         and what was added, `stop` included. On the model's device.
 
     Raises:
-        ValueError: When a prompt is empty, a number is out of range, or prompt and new tokens are
-            more than the model's context.
+        ValueError: When a prompt is empty, a number is out of range or no whole one, prompt and new
+            tokens are more than the model's context, or the model gives scores as `sample` refuses
+            them.
 
     >>> from feedforward.lm.model import DecoderConfig
     >>> model = Decoder(DecoderConfig(vocabulary=11, width=16, layers=2, heads=2))
@@ -128,8 +129,8 @@ def sample(
         (B,) int64.
 
     Raises:
-        ValueError: When the logits are not (B, vocabulary), a number is out of range, or there are
-            not as many generators as rows.
+        ValueError: When the logits are not (B, vocabulary), the largest of a row is not finite, a
+            number is out of range, or there are not as many generators as rows.
 
     >>> sample(torch.tensor([[0.0, 2.0, 1.0]]), temperature=0)
     tensor([1])
@@ -141,15 +142,19 @@ def sample(
         )
     _check_drawing(logits.shape[0], temperature, top_k, top_p, generator)
     if temperature == 0 or top_k == 1:
-        return logits.argmax(-1)
+        largest, chosen = logits.max(-1)
+        _check_scores(largest)
+        return chosen
     logits = logits.float()
     if top_k is not None and top_k < logits.shape[-1]:
         # by place and not by score, since several may have the least score
         least = logits.topk(top_k)
         logits = torch.full_like(logits, -torch.inf).scatter(-1, least.indices, least.values)
+    largest = logits.amax(-1, keepdim=True)
+    _check_scores(largest)
     # the largest is 0, so that no temperature is too small that is a number in float32
     temperature = max(temperature, torch.finfo(logits.dtype).tiny)
-    logits = (logits - logits.amax(-1, keepdim=True)) / temperature
+    logits = (logits - largest) / temperature
     probabilities = logits.softmax(-1)
     if top_p is not None:
         ordered, tokens = probabilities.sort(descending=True)
@@ -158,6 +163,19 @@ def sample(
         probabilities = probabilities.scatter(-1, tokens, ordered)
     # of exponential clocks that run at these rates, each is the first to ring with its probability
     return (probabilities / _exponential(probabilities, generator)).argmax(-1)
+
+
+def _check_scores(largest: Tensor) -> None:
+    """Refuse rows with an infinite largest score, or NaN, as it is where any score is."""
+    # in decoding the sum has to do; where it is infinite, the numbers may still be finite
+    if math.isfinite(largest.sum().item()) or largest.isfinite().all():
+        return
+    row = int((~largest.isfinite()).flatten().nonzero()[0])
+    raise ValueError(
+        f"the largest of the logits in row {row} is {largest.flatten()[row].item()}; give rows "
+        "whose largest is finite: a model's is not where weights or activations are NaN or too "
+        "large"
+    )
 
 
 def _exponential(like: Tensor, generator: Generators) -> Tensor:
@@ -212,15 +230,15 @@ def _prompts(
 
 def _check(model, rows, start, length, temperature, top_k, top_p, stop, generator) -> None:
     context, vocabulary = model.config.context, model.config.vocabulary
-    if length < 0:
-        raise ValueError(f"length is {length}; give how many tokens to add, from 0")
+    if not isinstance(length, int) or length < 0:
+        raise ValueError(f"length is {length}; give how many tokens to add, a whole number from 0")
     if start + length > context:
         raise ValueError(
             f"a prompt of {start} tokens and {length} new ones are more than the context of "
             f"{context}: add at most {max(0, context - start)}, cut the prompt, or build the model "
             "with a longer context"
         )
-    if stop is not None and not 0 <= stop < vocabulary:
+    if stop is not None and not (isinstance(stop, int) and 0 <= stop < vocabulary):
         raise ValueError(f"stop is {stop}; give a token from 0 to {vocabulary - 1}, or None")
     _check_drawing(rows, temperature, top_k, top_p, generator)
 

@@ -174,17 +174,32 @@ def guided_share(dense: HasShape, structured: HasShape, *, stochastic: bool = Tr
         structured: Of the structured one.
         stochastic: Whether the guide is used in half of the forward passes, or in all.
 
+    Raises:
+        ValueError: When the structured model is none, or takes more FLOPs than the dense one.
+
     >>> from feedforward.layers.cost import PAPER_SHAPES as shapes
     >>> [round(guided_share(shapes[s], shapes[f"{s}-lowrank-32"]), 2) for s in ("s", "xl")]
     [0.3, 0.43]
     """
     full, part = (count(config).training_flops for config in (dense, structured))
-    return (full - part) / (guide_flops(structured, stochastic=stochastic) + part)
+    share = (full - part) / (guide_flops(structured, stochastic=stochastic) + part)
+    if share < 0:
+        raise ValueError(
+            f"the dense model takes {full:,} training FLOPs a token and the structured one {part:,}"
+            ", so that none are left for a guide; give a larger dense model, or other layers"
+        )
+    return share
 
 
 def guide_parameters(config: HasShape) -> int:
-    """The numbers in the guides of a structured model: one dense matrix for each of its maps."""
+    """The numbers in the guides of a structured model: one dense matrix for each of its maps.
+
+    Raises:
+        ValueError: When its feed-forward layers are not structured.
+    """
     shape = config.shape()
+    if shape.ffn in ("dense", "MoE"):
+        raise ValueError(f"guides are of structured layers; the model's are {shape.ffn}")
     maps = (shape.layers - shape.dense_layers) * (2 + shape.gated)
     return maps * shape.width * shape.hidden
 
@@ -209,6 +224,9 @@ def guide_flops(structured: HasShape, *, stochastic: bool = True) -> int:
     Args:
         structured: Its shape or configuration.
         stochastic: Whether a guide is used in half of the forward passes, or in all.
+
+    Raises:
+        ValueError: As `guide_parameters`.
     """
     return (3 if stochastic else 6) * guide_parameters(structured)
 
@@ -513,6 +531,9 @@ def loss_spikes(losses: Sequence[float], *, window: int = 20, height: float = 0.
     Returns:
         The number of spikes; points in a row are one.
 
+    Raises:
+        ValueError: When `window` is below 1.
+
     >>> loss_spikes([3.0, 2.9, 2.8, 4.0, 3.9, 2.7, 2.6, 3.5, 2.5])
     2
     """
@@ -529,9 +550,14 @@ def spike_starts(
         window: As in `loss_spikes`.
         height: As in `loss_spikes`.
 
+    Raises:
+        ValueError: When `window` is below 1.
+
     >>> spike_starts([3.0, 2.9, 2.8, 4.0, 3.9, 2.7, 2.6, 3.5, 2.5])
     (3, 7)
     """
+    if window < 1:
+        raise ValueError(f"window is {window}; compare with at least 1 point before each")
     high = [
         bool(i and loss > np.median(losses[max(0, i - window) : i]) + height)
         for i, loss in enumerate(losses)

@@ -344,9 +344,14 @@ def _stability(profile: str) -> list[LanguageModelConfig]:
 def half_guided(arm: str) -> str:
     """The name of the stability run that guides an arm over its first half, at the arm's own rate.
 
+    Raises:
+        ValueError: When there is no such run of the arm: it has not 32 %, or is no arm.
+
     >>> half_guided("lowrank-32")
     'lowrank-32-guided-lr0.016'
     """
+    if arm not in STRUCTURED_32:
+        raise ValueError(unknown("guided arm", arm, STRUCTURED_32))
     return f"{arm}-guided-lr{LEARNING_RATES[arm]:g}"
 
 
