@@ -3,6 +3,7 @@
 import contextlib
 import itertools
 import re
+from dataclasses import replace
 
 import IPython.display
 import matplotlib.pyplot as plt
@@ -385,6 +386,22 @@ def test_caption_says_where_numbers_come_from():
         "Dots: live, profile smoke, seed 7, 640 steps, a test processor, 2 threads, 2025-03-04."
     )
     assert plotting.caption() == ""
+
+
+def test_caption_counts_the_steps_of_all_stages_of_a_policy():
+    def run(config):
+        return replace(record("adamoe", 0, [1.0]), config=config)
+
+    tuned = run({"parent": {"steps": 2500}, "tuning": {"training": {"steps": 700}}})
+    assert ", 3,200 steps, a test" in plotting.caption(tuned)
+    parent = run({"parent": {"steps": 2500}, "tuning": None})
+    assert ", 2,500–3,200 steps, a test" in plotting.caption([tuned, parent])
+    assert " steps" not in plotting.caption(run({"stages": []}))
+
+
+def test_caption_calls_the_steps_of_plans_that_were_timed_by_their_name():
+    timed = replace(record("adamoe", 0, [1.0]), config={"steps": 10, "rounds": 30})
+    assert ", 10 Euler steps, a test" in plotting.caption(timed)
 
 
 def test_caption_does_not_lend_the_seeds_of_one_arm_to_another():

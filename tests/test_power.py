@@ -15,6 +15,23 @@ HERE = Provenance.here(seconds=1.0)
 
 def judged(a, b, *, band=(0.0, math.inf), unit="points", kind="difference", **others):
     """The verdict on two arms, each a list over seeds of scores over the same items."""
+    statistic = Statistic(
+        kind,
+        "demo",
+        band,
+        **{"variant": ("a",), "reference": ("b",), "metric": "score", "unit": unit, **others},
+    )
+    return verdict_of(statistic, {"a": a, "b": b})
+
+
+def contrasted(terms, *, unit="bits", items=False, **arms):
+    """The verdict on a weighted sum of arms."""
+    terms = tuple((weight, arm, "score") for weight, arm in terms)
+    statistic = Statistic("contrast", "demo", (0.0, math.inf), unit=unit, terms=terms)
+    return verdict_of(statistic, arms, items=items)
+
+
+def verdict_of(statistic, arms, *, items=True):
     records = [
         Record(
             "demo",
@@ -24,20 +41,16 @@ def judged(a, b, *, band=(0.0, math.inf), unit="points", kind="difference", **ot
             {"variant": variant, "seed": seed},
             {
                 "score": float(np.mean(scores)),
-                "items": {"score": {str(i): float(v) for i, v in enumerate(scores)}},
+                "items": {"score": {str(i): float(v) for i, v in enumerate(scores)}}
+                if items
+                else {},
             },
             {},
             HERE,
         )
-        for variant, runs in (("a", a), ("b", b))
+        for variant, runs in arms.items()
         for seed, scores in enumerate(runs)
     ]
-    statistic = Statistic(
-        kind,
-        "demo",
-        band,
-        **{"variant": ("a",), "reference": ("b",), "metric": "score", "unit": unit, **others},
-    )
     claim = Claim(
         id="demo-1",
         paper="adamoe",
@@ -94,7 +107,7 @@ class TestWouldDecide:
         verdict = judged(self.noisy(3, 50, shift=1), self.noisy(3, 50))
         assert verdict.verdict == "inconclusive"
         text = would_decide(verdict, items="attempts")
-        assert text.startswith("to prove 1: ")
+        assert text.startswith("to prove 1 (assumed): ")
         assert "attempts" in text
         assert "seeds" in text
 
@@ -102,7 +115,41 @@ class TestWouldDecide:
         a, b = self.noisy(3, 50), self.noisy(3, 50)
         assert would_decide(judged(a, b, band=(4.0, math.inf))).startswith("to prove 4: ")
         found = judged(a, b, unit="bits")
-        assert would_decide(found).startswith(f"to prove {abs(found.weakest.estimate):.2g}: ")
+        size = abs(found.weakest.estimate)
+        assert would_decide(found).startswith(f"to prove {size:.2g} (as found): ")
+
+    @pytest.mark.parametrize(
+        ("band", "end"), [((-1.0, math.inf), "-1"), ((-math.inf, 0.5), "0.5"), ((-2.0, 1.0), "1")]
+    )
+    def test_what_a_band_around_no_effect_excludes_is_ruled_out(self, band, end):
+        a, b = self.noisy(3, 50), self.noisy(3, 50)
+        text = would_decide(judged(a, b, band=band))
+        assert text.startswith(f"to rule out {end} if the arms are alike: ")
+        proven = would_decide(judged(a, b, band=(abs(float(end)), math.inf)))
+        assert text.partition(": ")[2] == proven.partition(": ")[2]
+
+    @pytest.mark.parametrize(("kind", "unit"), [("relative", "%"), ("ratio", "×")])
+    def test_a_found_share_is_turned_into_what_is_measured(self, kind, unit):
+        a, b = self.noisy(4, 2), self.noisy(4, 2)
+        null = 1.0 if kind == "ratio" else 0.0
+        verdict = judged(a, b, kind=kind, unit=unit, band=(null, math.inf))
+        base = np.mean([run.metrics["score"] for run in verdict.records])
+        share = abs(verdict.weakest.estimate - null) / (100 if kind == "relative" else 1)
+        assert would_decide(verdict).startswith(f"to prove {share * base:.2g} (as found): ")
+
+    def test_a_contrast_is_one_value_a_seed(self):
+        a, b = ([self.rng.normal(50, 3, 1) for _ in range(5)] for _ in range(2))
+        plain = would_decide(contrasted([(1.0, "a"), (-1.0, "b")], a=a, b=b))
+        values = [float(one[0] - other[0]) for one, other in zip(a, b, strict=True)]
+        seeds = needed(float(np.std(values, ddof=1)), abs(np.mean(values)))
+        assert plain == f"to prove {abs(np.mean(values)):.2g} (as found): {seeds:,} seeds"
+        # with the scores of single items it is what the difference is
+        a, b = self.noisy(3, 50), self.noisy(3, 50)
+        terms = [(1.0, "a"), (-1.0, "b")]
+        of_items = would_decide(contrasted(terms, unit="points", items=True, a=a, b=b))
+        assert of_items == would_decide(judged(a, b))
+        lacking = contrasted([(1.0, "a"), (-1.0, "b"), (1.0, "c")], a=a, b=b, c=a[:1])
+        assert would_decide(lacking) == lacking.weakest.reason
 
     def test_a_larger_gain_needs_less(self):
         a = [50 + self.rng.normal(0, 3, 2000) + shift for shift in (1, -3, 2.5)]
@@ -133,7 +180,7 @@ class TestWouldDecide:
         verdict = dataclasses.replace(
             judged(runs, runs), results=(dataclasses.replace(result, statistic=statistic),)
         )
-        assert would_decide(verdict) == "more seeds: the statistic is no difference of two arms"
+        assert would_decide(verdict) == "more seeds: the statistic is no difference of arms"
 
     def test_a_value_is_told_from_the_end_of_its_band(self):
         runs = [[50.0, 50.0], [60.0, 60.0], [40.0, 40.0]]

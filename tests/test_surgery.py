@@ -592,6 +592,8 @@ class TestUpcycling:
         ("options", "told"),
         [
             ({"noise": -0.1}, "noise is -0.1"),
+            ({"noise": float("nan")}, "noise is nan; a standard deviation is finite"),
+            ({"noise": float("inf")}, "noise is inf"),
             ({"noise": 0.1, "preserve": True}, "noise and dropped tokens change the function"),
             ({"capacity_factor": 1.0, "preserve": True}, "dropped tokens change the function"),
             ({"experts": 0}, "experts is 0"),

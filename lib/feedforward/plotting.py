@@ -487,12 +487,9 @@ def _origin(records: list[Record]) -> str:
     """Scale, seeds, steps, hardware and date of records, in words."""
     profiles = "/".join(sorted({record.profile for record in records}))
     words = [f"profile {profiles}", _seeds(records)]
-    training = [record.config.get("training") or record.config for record in records]
-    lengths = sorted({int(config["steps"]) for config in training if config.get("steps")})
-    if lengths:
-        words.append(
-            "–".join(f"{n:,}" for n in dict.fromkeys((lengths[0], lengths[-1]))) + " steps"
-        )
+    for unit, those in _steps(records).items():
+        ends = dict.fromkeys((min(those), max(those)))
+        words.append(f"{'–'.join(f'{n:,}' for n in ends)} {unit}")
     words.append(devices_of(records))
     threads = sorted({record.provenance.threads for record in records})
     if len(threads) == 1:
@@ -500,6 +497,20 @@ def _origin(records: list[Record]) -> str:
     days = sorted({record.provenance.date[:10] for record in records})
     words.append(" to ".join(dict.fromkeys((days[0], days[-1]))))
     return ", ".join(words)
+
+
+def _steps(records: list[Record]) -> dict[str, set[int]]:
+    """How many steps, by what they are of: of training all stages are added up."""
+    found: dict[str, set[int]] = {}
+    for config in (record.config for record in records):
+        stages = [config.get("training") or config]
+        if config.get("parent"):  # a robot's policy, and what became of it
+            stages = [config["parent"], (config.get("tuning") or {}).get("training") or {}]
+        # whose plans were timed, it is not trained
+        unit = "Euler steps" if "rounds" in config else "steps"
+        if total := sum(int(stage.get("steps") or 0) for stage in stages):
+            found.setdefault(unit, set()).add(total)
+    return found
 
 
 def _seeds(records: list[Record]) -> str:

@@ -6,11 +6,12 @@ in ``book/robust-qa/04-audit``.
 """
 
 import math
+from collections.abc import Sequence
 from statistics import NormalDist
 
 import numpy as np
 
-from feedforward.claims import Result, Verdict
+from feedforward.claims import Result, Statistic, Verdict
 
 __all__ = ["items_needed", "needed", "runs_needed", "would_decide"]
 
@@ -96,18 +97,19 @@ def items_needed(
 def would_decide(verdict: Verdict, *, items: str = "questions", power: float = 0.8) -> str:
     """What an inconclusive claim lacks, in one clause, judged by the records that it has.
 
-    The gain to be proven is how far the nearer end of the claim's band lies from nothing, where it
-    does; else one point of what is measured in points, or as much as was found. Two or three runs
-    give rough standard deviations, so the numbers are orders of magnitude.
+    The gain to be proven is how far the nearer end of the claim's band lies from no effect. Where
+    no effect lies inside the band, that end is to be ruled out. Where it is the end of the band, a
+    size has to be assumed: one point of what is measured in points, else as much as was found. A
+    contrast of several arms is one value a seed. Two or three runs give rough standard deviations,
+    so the numbers are orders of magnitude.
 
     Args:
-        verdict: Of the claim; the statistic that decides it compares two arms, or an arm with the
-            band.
+        verdict: Of the claim; the statistic that decides it compares arms, or an arm with the band.
         items: What the arms are scored on.
         power: Probability to prove a gain that is there.
 
     Returns:
-        For instance ``"to prove 1: 34 seeds on these questions, or 2,100 questions with 3 seeds"``;
+        For instance ``"to prove 2: 34 seeds on these questions, or 2,100 questions with 3 seeds"``;
         where neither alone would do, a pair of both, half of what is allowed for each kind of luck.
         Where there is no interval, the reason for that.
     """
@@ -116,16 +118,16 @@ def would_decide(verdict: Verdict, *, items: str = "questions", power: float = 0
         return result.reason
     if result.statistic.kind == "value":
         return _beside_the_band(result, items, power)
-    if result.statistic.kind not in ("difference", "ratio", "relative"):
-        return "more seeds: the statistic is no difference of two arms"
+    if result.statistic.kind not in ("difference", "ratio", "relative", "contrast"):
+        return "more seeds: the statistic is no difference of arms"
     runs, over_runs, over_items, count = _luck(result)
     if runs < 2:
-        return "the same seeds in both arms"
+        return f"the same seeds in {'both' if len(result.statistic.arms) == 2 else 'all'} arms"
     if not over_runs and not over_items:
         return "another test: the arms are equal in every run"
-    gain = _least(result)
+    aim, gain = _aim(result)
     ways = _ways(gain, runs, over_runs, over_items, count, items, power)
-    return f"to prove {gain:.2g}: {', or '.join(ways)}"
+    return f"{aim}: {', or '.join(ways)}"
 
 
 def _beside_the_band(result: Result, items: str, power: float) -> str:
@@ -177,36 +179,51 @@ def _both(level: float, power: float) -> float:
 
 
 def _luck(result: Result) -> tuple[int, float, float, int]:
-    """Pairs of runs, standard deviation over them, that over items, and the number of items."""
-    statistic = result.statistic
-    (one,), (other,) = statistic.variant, statistic.reference
-    metric, against = statistic.metric, statistic.reference_metric or statistic.metric
+    """Seeds of all arms, standard deviation over them, that over items, and the number of items."""
+    terms = _terms(result.statistic)
     runs = {(record.variant, record.seed): record for record in result.records}
-    pairs = [
-        (record, runs[other, seed])
-        for (variant, seed), record in sorted(runs.items())
-        if variant == one and (other, seed) in runs
+    seeds = sorted({seed for _, seed in runs if all((arm, seed) in runs for _, arm, _ in terms)})
+    values = [
+        sum(weight * runs[arm, seed].metrics[metric] for weight, arm, metric in terms)
+        for seed in seeds
     ]
-    gaps = [a.metrics[metric] - b.metrics[against] for a, b in pairs]
-    spread = float(np.std(gaps, ddof=1)) if len(gaps) > 1 else math.nan
-    tables = [
-        (a.metrics.get("items", {}).get(metric), b.metrics.get("items", {}).get(against))
-        for a, b in pairs
-    ]
-    if not all(a and b and a.keys() == b.keys() for a, b in tables) or not tables:
-        return len(pairs), spread, 0.0, 1
-    single = np.mean([[a[name] - b[name] for name in sorted(a)] for a, b in tables], axis=0)
-    return len(pairs), spread, float(single.std(ddof=1)), len(single)
+    spread = float(np.std(values, ddof=1)) if len(values) > 1 else math.nan
+    single: dict[tuple[str, ...], np.ndarray] = {}  # terms on the same items vary together
+    for weight, arm, metric in terms:
+        tables = [runs[arm, seed].metrics.get("items", {}).get(metric) for seed in seeds]
+        if not tables or not all(table and table.keys() == tables[0].keys() for table in tables):
+            return len(seeds), spread, 0.0, 1
+        names = tuple(sorted(tables[0]))
+        scores = np.mean([[table[name] for name in names] for table in tables], axis=0)
+        single[names] = single.get(names, 0.0) + weight * scores
+    count = sum(map(len, single))
+    variance = sum(scores.var(ddof=1) / len(scores) for scores in single.values())
+    return len(seeds), spread, math.sqrt(variance * count), count
 
 
-def _least(result: Result) -> float:
-    """The effect to be proven, in the metric's unit."""
-    statistic = result.statistic
-    ends = [abs(end - (statistic.null or 0.0)) for end in statistic.band if math.isfinite(end)]
-    gain = min(ends, default=0.0)
+def _terms(statistic: Statistic) -> Sequence[tuple[float, str, str]]:
+    """What is added up: weights, arms and metrics."""
+    if statistic.kind == "contrast":
+        return statistic.terms
+    (one,), (other,) = statistic.variant, statistic.reference
+    metric = statistic.metric
+    return (1.0, one, metric), (-1.0, other, statistic.reference_metric or metric)
+
+
+def _aim(result: Result) -> tuple[str, float]:
+    """What is to be shown, in words, and how large that is in the metric's unit."""
+    statistic, null = result.statistic, result.statistic.null or 0.0
+    unit = 1.0
     if statistic.kind in ("relative", "ratio"):
-        base = [r.metrics[statistic.metric] for r in result.records]
-        gain *= float(np.mean(base)) / (100 if statistic.kind == "relative" else 1)
-    if gain:
-        return gain
-    return 1.0 if statistic.unit in _POINTS else abs(result.estimate) or 1.0
+        base = float(np.mean([record.metrics[statistic.metric] for record in result.records]))
+        unit = base / (100 if statistic.kind == "relative" else 1)
+    low, high = statistic.band
+    end = min(statistic.band, key=lambda end: abs(end - null)) - null
+    if low < null < high:
+        return f"to rule out {end * unit:.2g} if the arms are alike", abs(end * unit)
+    if end:
+        return f"to prove {abs(end * unit):.2g}", abs(end * unit)
+    if statistic.unit in _POINTS or result.estimate == null:
+        return "to prove 1 (assumed)", 1.0
+    size = abs(result.estimate - null) * unit
+    return f"to prove {size:.2g} (as found)", size

@@ -295,6 +295,7 @@ def test_shapes_of_the_parameters():
     [
         (lambda: TopKRouter(8, 4, k=5), "k is 5 with 4 experts; choose k from 1 to 4"),
         (lambda: TopKRouter(8, 4, k=0), "k is 0 with 4 experts"),
+        (lambda: ScaleAdapterRouter(8, 4, k=1.5), "k is 1.5 with 4 experts"),
         (lambda: SwitchRouter(8, 0), "experts is 0"),
         (lambda: SwitchRouter(0, 4), "dim is 0"),
         (lambda: SwitchRouter(8, 4, jitter=1.0), r"jitter is 1.0; choose it from \[0, 1\)"),

@@ -149,6 +149,50 @@ def test_a_damaged_episode_of_an_interrupted_collection_is_named_and_collected_a
     assert len(begun) == 2
 
 
+@pytest.mark.parametrize("damage", ["a byte", "no checksums"])
+def test_a_collection_that_was_damaged_is_collected_again(collected, tmp_path, interrupt, damage):
+    """A run on what is left of it would be another run, and say nothing of it."""
+    folder, options = tmp_path / "set", {"seed": 3, "workers": 1, "progress": False}
+    collect(QUICK, 2, folder=folder, **options)
+    if damage == "a byte":
+        data = folder / "data/chunk-000/file-000.parquet"
+        content = bytearray(data.read_bytes())
+        content[300] ^= 255
+        data.write_bytes(content)
+        with pytest.warns(UserWarning, match="episode 0 .* is left out"):
+            assert len(load_demonstrations(folder).task) == 3  # a data set of one's own
+    else:
+        (folder / "meta/checksums.json").unlink()
+    begun = interrupt(9)
+    with pytest.warns(UserWarning, match=r"set is not as it was written .* collected again"):
+        assert same(collect(QUICK, 2, folder=folder, **options), collected)
+    assert len(begun) == 4
+    assert same(collect(QUICK, 2, folder=folder, **options), collected)
+    assert len(begun) == 4
+    assert {path.name for path in tmp_path.iterdir()} <= {"set", ".set.lock"}
+
+
+def test_failed_attempts_are_counted_with_the_others(tmp_path, monkeypatch):
+    tried = []
+
+    def attempt(environment, start_state, **more):
+        tried.append(start_state)
+        return None if len(tried) in (1, 2, 4) else demonstrate(environment, start_state, **more)
+
+    monkeypatch.setattr(demos, "demonstrate", attempt)
+    folder, options = tmp_path / "set", {"seed": 3, "workers": 1, "progress": False}
+    found = [collect(QUICK, 2, **options)]
+    tried.clear()
+    found += [collect(QUICK, 2, folder=folder, **options), load_demonstrations(folder)]
+    for one in found:
+        assert one.attempts == {"handle-press": 5, "coffee-button": 2}
+    assert found[0].select([0]).attempts == {}  # nobody knows which
+    note = folder / "meta/collection.json"
+    note.write_text(json.dumps({"attempts": 20}))  # as older ones have it
+    (folder / "meta/checksums.json").unlink()
+    assert load_demonstrations(folder).attempts == {}
+
+
 def test_processes_end_with_the_one_that_is_killed(tmp_path):
     script = tmp_path / "script.py"
     script.write_text(
@@ -187,8 +231,9 @@ def test_a_folder_holds_one_collection(collected, tmp_path, interrupt):
 def test_what_cannot_be_collected_is_refused():
     with pytest.raises(ValueError, match="did you mean 'reach'"):
         collect(["raech"], 1)
-    with pytest.raises(ValueError, match="episodes and attempts from 1"):
-        collect(["reach"], 0)
+    for wrong in (0, 1.5, True):
+        with pytest.raises(ValueError, match="episodes and attempts from 1"):
+            collect(["reach"], wrong)
     with pytest.raises(ValueError, match="noise and seed from 0"):
         collect(["reach"], 1, noise=float("nan"))
     with pytest.raises(ValueError, match="workers is 0"):

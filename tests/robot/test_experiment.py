@@ -2,6 +2,7 @@
 
 import re
 import shutil
+import time
 import warnings
 from dataclasses import replace
 
@@ -163,6 +164,25 @@ def test_the_first_loss_is_the_parents_where_the_function_is_kept():
     assert abs(log["adamoe"][-1]["first loss"] - last) > 1e-4
 
 
+def test_the_time_for_data_is_counted_once_and_by_itself(given, monkeypatch):
+    def slow(*args, **options):
+        time.sleep(0.5)
+        return Demonstrations.of(given, attempts={"reach": 3, "drawer-close": 2})
+
+    monkeypatch.setattr(runs, "collect", slow)
+    config = replace(CONFIG, seed=5, evaluation=Evaluation(episodes=1, execute=3, steps=1))
+    record = run(config, progress=False, device="cpu")
+    metrics, spent = record.metrics, record.provenance.seconds
+    assert 0.5 <= metrics["data seconds"] < spent - metrics["training seconds"] + 0.01
+    assert metrics["expert attempts"] == {"reach": 3, "drawer-close": 2}
+    # another run of a policy that is there reads the data while it is measured
+    started = time.perf_counter()
+    again = run(replace(config, variant="again"), progress=False, device="cpu")
+    took = time.perf_counter() - started
+    assert again.metrics["data seconds"] >= 0.5
+    assert again.provenance.seconds - again.metrics["training seconds"] < took + 0.01
+
+
 def test_arms_share_a_parent_and_seeds_do_not(monkeypatch):
     steps = []
     original = runs.train
@@ -318,6 +338,7 @@ def test_another_rate_than_the_simulators_is_told(given, tmp_path):
         ({"state": "robot"}, "39 numbers of state"),
         ({"tasks": (), "long_tasks": ()}, "need tasks"),
         ({"batch": 0}, "batch is 0"),
+        ({"demonstrations": 1.5}, "demonstrations is 1.5; give a whole number"),
         ({"evaluation": Evaluation(execute=5)}, "horizon of 4"),
         ({"tuning": Tuning(TRAINING, hidden=8)}, "at least its hidden width 16"),
         ({"tuning": Tuning(TRAINING, hidden=0)}, "hidden is 0"),
@@ -349,14 +370,16 @@ def test_tuning_refuses_what_does_not_go_together():
         ({"ffn": "adamoe", "shared_weight": 7.0}, "shared_weight is 7.0"),
         ({"ffn": "adamoe", "balance": (-0.1, 0.0)}, "give two numbers from 0"),
         ({"ffn": "adamoe", "balance": (0.1,)}, "give two numbers from 0"),
+        ({"ffn": "adamoe", "balance": 0.1}, "give two numbers from 0"),
         ({"ffn": "adamoe", "switch": -1}, "switch is -1"),
         ({"ffn": "adamoe", "router_rate": 0.0}, "router_rate is 0.0"),
         ({"ffn": "adamoe", "router_warmup": -1}, "router_warmup -1"),
     ):
         with pytest.raises(ValueError, match=re.escape(message)):
             Tuning(TRAINING, **wrong)
-    with pytest.raises(ValueError, match="episodes is 0"):
-        Evaluation(episodes=0)
+    for wrong in (0, 2.5):
+        with pytest.raises(ValueError, match=f"episodes is {wrong}"):
+            Evaluation(episodes=wrong)
     with pytest.raises(ValueError, match="seed is -1"):
         Evaluation(seed=-1)
 
@@ -365,6 +388,7 @@ def test_names_of_tasks_are_kept_as_they_are_found():
     long = replace(CONFIG, tasks=("drawer-close-v3", "reach"), long_tasks=("reach-v3",))
     assert long == CONFIG
     assert records.config_key(long) == records.config_key(CONFIG)
+    assert replace(CONFIG, tasks="reach", long_tasks="reach-v3").tasks == ("reach",)
 
 
 # --- the arms -----------------------------------------------------------------------------------

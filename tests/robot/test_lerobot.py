@@ -19,6 +19,7 @@ from feedforward.robot.lerobot import (
     Clip,
     Episode,
     VideoError,
+    changed_files,
     decode,
     encode,
     read_dataset,
@@ -422,6 +423,20 @@ def test_another_version_is_refused(tmp_path):
     folder = foreign(tmp_path / "old", codebase_version="v2.1")
     with pytest.raises(DataError, match=r"'v2.1' and 'v3.0' is read.*convert"):
         read_dataset(folder)
+    newer = foreign(tmp_path / "new", codebase_version="v3.1")
+    with pytest.raises(DataError, match=r"'v3.1' and 'v3.0' is read.*revision 'v3.0'"):
+        read_dataset(newer)
+
+
+def test_files_that_are_not_as_they_were_written_are_named(stored):
+    assert changed_files(stored) == []
+    (stored / "meta/tasks.parquet").unlink()
+    with open(stored / "data/chunk-000/file-000.parquet", "ab") as data:
+        data.write(b"more")
+    assert set(changed_files(stored)) == {"meta/tasks.parquet", "data/chunk-000/file-000.parquet"}
+    for content in ("{", "[]"):
+        (stored / "meta/checksums.json").write_text(content)
+        assert changed_files(stored) == ["meta/checksums.json"]
 
 
 def test_what_is_no_data_set_is_refused(tmp_path, stored):

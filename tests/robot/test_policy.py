@@ -715,6 +715,17 @@ def test_a_velocity_is_asked_for_what_fits():
             policy.velocity(**given)
 
 
+@pytest.mark.parametrize("name", ["state", "actions"])
+def test_numbers_that_are_not_finite_are_named_with_their_rows(name):
+    policy, batch = make(), make_batch()
+    batch[name][3] = float("nan")
+    with pytest.raises(ValueError, match=rf"'{name}' of the batch is not finite in rows \[3\]"):
+        policy.loss(batch)
+    batch["mask"][3] = False  # what does not count may be anything
+    if name == "actions":
+        assert policy.loss(batch).isfinite()
+
+
 def test_other_bad_input():
     policy, batch = make(), make_batch()
     with pytest.raises(ValueError, match="no mask, text"):
@@ -725,8 +736,9 @@ def test_other_bad_input():
         policy.plan(*seen(batch), noise=torch.zeros(1, 4, 3))
     with pytest.raises(ValueError, match="images are not given"):
         make(SEEING).plan(*seen(batch))
-    with pytest.raises(ValueError, match="weights is"):
-        Objective((-1.0, 0.0))
+    for wrong in ((-1.0, 0.0), 0.01, (0.1,)):
+        with pytest.raises(ValueError, match="weights is"):
+            Objective(wrong)
     with pytest.raises(ValueError, match="switch is"):
         Objective(switch=-1)
     with pytest.raises(ValueError, match="match is 'all'"):

@@ -79,8 +79,10 @@ def test_starts_are_paired_and_ask_with_unseen_words():
     assert make_starts(["reach"], 1, seed=1)[0].start_state != one[0].start_state
     with pytest.raises(ValueError, match="drawer-open"):
         make_starts(["drawer-opne"], 1)
-    with pytest.raises(ValueError, match="episodes is 0"):
-        make_starts(["reach"], 0)
+    for wrong in (0, 2.5, True):
+        with pytest.raises(ValueError, match=f"episodes is {wrong}"):
+            make_starts(["reach"], wrong)
+    assert make_starts("reach", 2) == make_starts(find_task("reach"), 2) == one[:2]
 
 
 def test_rollouts_repeat_and_keep_the_experts_of_every_step(short):
@@ -171,10 +173,19 @@ def test_nan_stops_with_task_and_step(short):
         roll_out(broken, make_starts(["reach"], 1), steps=1, progress=False)
 
 
-@pytest.mark.parametrize("wrong", [{"execute": 5}, {"execute": 0}, {"at_once": 0}, {"workers": 0}])
+@pytest.mark.parametrize(
+    "wrong",
+    [{"execute": 5}, {"execute": 0}, {"execute": 2.5}, {"at_once": 0}, {"workers": 0}],
+)
 def test_wrong_numbers_are_refused(wrong):
     with pytest.raises(ValueError, match=r"horizon 4"):
         roll_out(policy(), make_starts(["reach"], 1), **wrong)
+
+
+def test_tasks_of_several_simulators_are_refused():
+    starts = make_starts(["reach", "transfer-cube"], 1)
+    with pytest.raises(ValueError, match=r"'reach' of Meta-World, 'transfer-cube' of ALOHA"):
+        roll_out(policy(), starts, progress=False)
 
 
 def test_a_policy_of_another_action_size_is_refused(short):
@@ -187,6 +198,8 @@ def test_latency_is_measured_side_by_side():
     timed = plan_latency({"dense": policy(), "adamoe": policy(experts=2)}, rounds=3, steps=1)
     assert timed.keys() == {"dense", "adamoe"}
     assert all(0 < one.median <= one.p95 and one.batch == 1 for one in timed.values())
+    with pytest.raises(ValueError, match="policies is empty"):
+        plan_latency({})
 
 
 # --- intervals ----------------------------------------------------------------------------------

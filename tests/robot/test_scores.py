@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from feedforward import MoE, SwitchRouter, TopKRouter, collect_routing
+from feedforward.robot import scores
 from feedforward.robot.scores import (
     exchanged_phase_information,
     phase_information,
@@ -93,6 +94,32 @@ def test_what_cannot_be_rerouted_is_refused():
         model(x)
 
 
+@pytest.mark.parametrize("places", [-4, 1, 9])
+def test_experts_that_are_not_there_are_refused(places):
+    model, x = layers(), torch.randn(10, 6, **F64)
+    there = rerouted(model, lambda r: r._replace(indices=3 + 0 * r.indices))
+    with there:
+        model(x)
+    with (
+        rerouted(model, lambda r: r._replace(indices=3 + places + 0 * r.indices)),
+        pytest.raises(ValueError, match=rf"from {3 + places} to {3 + places}; .* experts 0 to 3"),
+    ):
+        model(x)
+
+
+def test_experts_are_looked_at_once_where_they_are_always_the_same(monkeypatch):
+    looked, original = [], scores._require_experts
+    monkeypatch.setattr(
+        scores, "_require_experts", lambda *given: looked.append(given) or original(*given)
+    )
+    model, x = layers(), torch.randn(10, 6, **F64)
+    same = torch.zeros(10, 1, dtype=torch.long)
+    with rerouted(model, lambda r: r._replace(indices=same)):
+        for _ in range(3):
+            model(x)
+    assert len(looked) == 1  # else what is timed would hold the looking
+
+
 # --- labels -------------------------------------------------------------------------------------
 
 
@@ -111,6 +138,18 @@ def test_labels_belong_to_what_they_label():
         phase_information(uses, phases[:1])
     with pytest.raises(ValueError, match="at least one"):
         task_information([], [])
+
+
+@pytest.mark.parametrize("permutations", [0, -1, 2.5])
+def test_a_p_needs_permutations(permutations):
+    uses, labels = [np.array([[2, 0], [0, 2]])], [np.array([0, 1])]
+    for ask in (
+        partial(task_information, uses, [0]),
+        partial(phase_information, uses, labels),
+        partial(exchanged_phase_information, uses, labels, [0]),
+    ):
+        with pytest.raises(ValueError, match=f"permutations is {permutations}"):
+            ask(permutations=permutations)
 
 
 # --- phases of other attempts -------------------------------------------------------------------

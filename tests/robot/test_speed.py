@@ -13,6 +13,7 @@ from feedforward.robot import rollout, speed
 from feedforward.robot.policy import FlowPolicy, PolicyConfig
 from feedforward.robot.scores import rerouted
 from feedforward.robot.speed import ARMS, PlanSpeedConfig, grid, run
+from feedforward.timing import threads
 
 DENSE = PolicyConfig(state=3, action=2, width=16, heads=2, head_width=8, hidden=24, depth=2)
 SPARSE = replace(DENSE, ffn="adamoe", experts=3)
@@ -39,6 +40,13 @@ def test_a_record_holds_what_the_ledger_reads():
         assert metrics[f"latency ratio{at}"] == ratio > 0
         assert metrics[f"latency{at}, p95"] >= metrics[f"latency{at}"]
     assert 1 < metrics["FLOPs over dense"] < 2  # twice the feed-forward layer, the same attention
+
+
+def test_the_record_has_the_threads_that_plans_are_timed_on():
+    with threads(2):
+        record = run(_timed(batches=(1,)), progress=False, device="cpu")
+        assert torch.get_num_threads() == 2
+    assert record.provenance.threads == 1
 
 
 def test_a_wider_dense_policy_is_timed_as_it_is():

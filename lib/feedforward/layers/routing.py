@@ -1,5 +1,6 @@
 """Which experts a token goes to, and with what weight: routers and the losses that balance them."""
 
+from numbers import Integral
 from typing import NamedTuple
 
 import torch
@@ -44,7 +45,7 @@ class _Router(nn.Module):
             raise ValueError(f"dim is {dim}; a router needs tokens at least 1 wide")
         if experts < 1:
             raise ValueError(f"experts is {experts}; a router needs at least one expert")
-        if not 1 <= k <= experts:
+        if not isinstance(k, Integral) or not 1 <= k <= experts:
             raise ValueError(
                 f"k is {k} with {experts} experts; choose k from 1 to {experts}, or more experts"
             )

@@ -16,9 +16,10 @@ import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ProcessPoolExecutor, as_completed
 from concurrent.futures.process import BrokenProcessPool
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, field
 from functools import cached_property, lru_cache
 from multiprocessing import get_context, parent_process
+from operator import itemgetter
 from pathlib import Path
 from threading import Thread
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,7 @@ from feedforward.robot.lerobot import (
     STILL,
     Clip,
     Episode,
+    changed_files,
     encode,
     read_dataset,
     write_dataset,
@@ -44,6 +46,7 @@ from feedforward.robot.tasks import (
     Simulator,
     Task,
     find_task,
+    is_count,
     make_environment,
     scripted_expert,
     simulator_of,
@@ -52,6 +55,9 @@ from feedforward.robot.tasks import (
 
 if TYPE_CHECKING:
     from torch import Tensor
+
+
+_ATTEMPTS = "attempts by task"  # in the note of a collection
 
 
 class CollectionError(RuntimeError):
@@ -119,6 +125,8 @@ class Demonstrations:
         images: By camera N images; ``images[camera][places]`` gives (B, H, W, 3) uint8 and decodes
             what is stored as video only then.
         episodes: (E,) the numbers of the episodes in their data set.
+        attempts: How often the scripted expert of each task tried, for the episodes of a whole
+            collection; empty where that is not known.
     """
 
     state: np.ndarray
@@ -131,6 +139,7 @@ class Demonstrations:
     fps: float
     images: Mapping[str, Any]
     episodes: np.ndarray
+    attempts: Mapping[str, int] = field(default_factory=dict)
 
     def __len__(self) -> int:
         return len(self.state)
@@ -146,6 +155,8 @@ class Demonstrations:
 
     def select(self, episodes: Iterable[int]) -> "Demonstrations":
         """The same with some of the episodes, in the order given; the statistics stay.
+
+        How many attempts some of them took is not known.
 
         Args:
             episodes: Their places, or for each episode True or False.
@@ -181,7 +192,13 @@ class Demonstrations:
         )
 
     @classmethod
-    def of(cls, episodes: Sequence[Episode], fps: float = CONTROL_HZ) -> "Demonstrations":
+    def of(
+        cls,
+        episodes: Sequence[Episode],
+        fps: float = CONTROL_HZ,
+        *,
+        attempts: Mapping[str, int] | None = None,
+    ) -> "Demonstrations":
         """Of episodes in memory, with their images as arrays."""
         if not episodes:
             raise DataError("there is no episode")
@@ -202,6 +219,7 @@ class Demonstrations:
                 for camera in episodes[0].images
             },
             episodes=np.arange(len(episodes)),
+            attempts=dict(attempts or {}),
         )
 
 
@@ -247,7 +265,17 @@ def load_demonstrations(
         fps=stored.info["fps"],
         images=stored.images,
         episodes=stored.episodes,
+        attempts=_attempts(Path(folder)),
     )
+
+
+def _attempts(folder: Path) -> dict[str, int]:
+    """What a collection notes of its attempts; nothing for other data sets and older ones."""
+    try:
+        note = json.loads((folder / "meta" / "collection.json").read_text(encoding="utf-8"))
+        return dict(note.get(_ATTEMPTS, {}))
+    except (OSError, ValueError, AttributeError, TypeError):
+        return {}
 
 
 # --- chunks of actions --------------------------------------------------------------------------
@@ -354,6 +382,13 @@ class _Order:
     def jobs(self) -> list[tuple[str, int]]:
         return [(task, number) for task in self.tasks for number in range(self.episodes)]
 
+    def by_task(self, tried: Iterable[int]) -> dict[str, int]:
+        """The attempts at each task, from those for each job."""
+        attempts = dict.fromkeys(self.tasks, 0)
+        for (task, _), count in zip(self.jobs, tried, strict=True):
+            attempts[task] += count
+        return attempts
+
 
 def demonstrate(
     environment: Environment, start_state: int, *, noise: float = 0.0
@@ -410,11 +445,12 @@ def collect(
     attempts: int = 20,
     progress: bool = True,
 ) -> Demonstrations:
-    """Demonstrations of scripted experts; only attempts that succeed are kept.
+    """Demonstrations of scripted experts; only attempts that succeed are kept, all are counted.
 
     An episode depends on the seed, its task and its number alone, not on the number of processes.
     With a folder, every finished episode is kept at once: a collection that was killed goes on
-    where it was, and one that is complete is read.
+    where it was, and one that is complete is read. One whose files are not as they were written is
+    collected anew with a warning, since training on what is left of it would be another run.
 
     Args:
         tasks: Tasks or their names, for instance ``suite("easy")``.
@@ -442,11 +478,13 @@ def collect(
         for task in ([tasks] if isinstance(tasks, (str, Task)) else tasks)
     )
     order = _Order(names, episodes, seed, float(noise), state, images, attempts)
-    if not names or episodes < 1 or attempts < 1 or not 0 <= noise < math.inf or seed < 0:
+    whole = is_count(episodes) and is_count(attempts)
+    if not names or not whole or not 0 <= noise < math.inf or seed < 0:
         raise ValueError(
-            f"give tasks, episodes and attempts from 1, noise and seed from 0: {order}"
+            "give tasks, whole numbers of episodes and attempts from 1, noise and seed from 0: "
+            f"{order}"
         )
-    if workers is not None and workers < 1:
+    if workers is not None and not is_count(workers):
         raise ValueError(f"workers is {workers}; give at least 1, or None for one a core")
     if len(set(names)) < len(names):
         raise ValueError(f"a task is named twice: {names}")
@@ -460,8 +498,11 @@ def collect(
         workers = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else 1
     workers = min(workers, len(order.jobs))
     if folder is None:
-        played = sorted(_played(order, None, order.jobs, workers, progress))
-        return Demonstrations.of([episode for _, episode in played], order.simulator.control_hz)
+        played = sorted(_played(order, None, order.jobs, workers, progress), key=itemgetter(0))
+        episodes, tried = zip(*(one for _, one in played), strict=True)
+        return Demonstrations.of(
+            episodes, order.simulator.control_hz, attempts=order.by_task(tried)
+        )
     return _collect_into(Path(folder), order, workers, progress)
 
 
@@ -471,8 +512,8 @@ def _played(
     jobs: Sequence[tuple[str, int]],
     workers: int,
     progress: bool,
-) -> Iterator[tuple[int, Episode | None]]:
-    """Episodes as they are done, each with its place in the order; None where the shelf has it."""
+) -> Iterator[tuple[int, tuple[Episode, int] | None]]:
+    """What `_play` gives for each job as it is done, with the job's place in the order."""
     bar = tqdm(
         desc="demonstrations",
         total=len(order.jobs),
@@ -521,8 +562,13 @@ def _environment(task: str, images: Images | None, state: str) -> Environment:
     return make_environment(task, images=images, state=state)
 
 
-def _play(order: _Order, job: tuple[str, int], shelf: "_Shelf | None") -> Episode | None:
-    """Collect one episode, in whatever process; on a shelf it is put there instead of returned."""
+def _play(
+    order: _Order, job: tuple[str, int], shelf: "_Shelf | None"
+) -> tuple[Episode, int] | None:
+    """Collect one episode, in whatever process, and how many attempts it took.
+
+    Where there is a shelf they are put there, and nothing is returned.
+    """
     task, number = job
     environment = _environment(task, order.images, order.state)
     for attempt in range(order.attempts):
@@ -530,8 +576,8 @@ def _play(order: _Order, job: tuple[str, int], shelf: "_Shelf | None") -> Episod
         start_state = int(np.random.SeedSequence(words).generate_state(1)[0])
         if episode := demonstrate(environment, start_state, noise=order.noise):
             if shelf is None:
-                return episode
-            shelf.put(job, episode)
+                return episode, attempt + 1
+            shelf.put(job, episode, attempt + 1)
             return None
     raise CollectionError(
         f"the scripted expert of {task!r} failed from {order.attempts} start states (episode "
@@ -548,8 +594,8 @@ class _Shelf:
     def path(self, job: tuple[str, int]) -> Path:
         return self.folder / f"{job[0]}-{job[1]:05d}.npz"
 
-    def put(self, job: tuple[str, int], episode: Episode) -> None:
-        parts = {"state": episode.state, "actions": episode.actions}
+    def put(self, job: tuple[str, int], episode: Episode, tried: int) -> None:
+        parts = {"state": episode.state, "actions": episode.actions, "attempts": np.array(tried)}
         for camera, frames in episode.images.items():
             clip = encode(frames, simulator_of([job[0]]).control_hz)
             parts[f"video {camera}"] = np.frombuffer(clip.data, dtype=np.uint8)
@@ -558,8 +604,8 @@ class _Shelf:
         with atomic_write(self.path(job)) as file:
             np.savez(file, **parts)
 
-    def get(self, job: tuple[str, int], images: Images | None) -> Episode | None:
-        """The episode, or None where it is not there; a damaged one is thrown away by name."""
+    def get(self, job: tuple[str, int], images: Images | None) -> tuple[Episode, int] | None:
+        """Episode and attempts, or None where they are not; what is damaged is thrown away."""
         path = self.path(job)
         if not path.is_file():
             return None
@@ -574,7 +620,8 @@ class _Shelf:
                     for camera in (images.cameras if images else ())
                 }
                 words = find_task(job[0]).instruction
-                return Episode(words, parts["state"], parts["actions"], clips)
+                episode = Episode(words, parts["state"], parts["actions"], clips)
+                return episode, int(parts["attempts"])
         except Exception as error:  # whatever a damaged file makes zipfile and numpy raise
             warnings.warn(
                 f"episode {path.name} is damaged ({type(error).__name__}: {error}) and collected "
@@ -594,7 +641,13 @@ def _collect_into(folder: Path, order: _Order, workers: int, progress: bool) -> 
             _require_same(folder / "meta" / "collection.json", described, folder)
             # of a run that was killed when all was written
             shutil.rmtree(shelf.folder, ignore_errors=True)
-            return load_demonstrations(folder)
+            if not (changed := changed_files(folder)):
+                return load_demonstrations(folder)
+            warnings.warn(
+                f"{folder} is not as it was written ({', '.join(changed)}) and collected again",
+                stacklevel=3,
+            )
+            shutil.rmtree(folder)
         note = shelf.folder / "collection.json"
         if any(shelf.folder.glob("*.npz")):
             _require_same(note, described, shelf.folder)
@@ -608,14 +661,18 @@ def _collect_into(folder: Path, order: _Order, workers: int, progress: bool) -> 
         for _ in _played(order, shelf, missing, max(1, min(workers, len(missing))), progress):
             pass
         simulator = order.simulator
+        episodes, tried = zip(*(shelf.get(job, order.images) for job in order.jobs), strict=True)
         write_dataset(
             folder,
-            (shelf.get(job, order.images) for job in order.jobs),
+            episodes,
             fps=simulator.control_hz,
             state_names=simulator.state_names[order.state],
             action_names=simulator.action_names,
             robot=simulator.robot,
-            notes={"collection": described, "versions": versions(simulator)},
+            notes={
+                "collection": described | {_ATTEMPTS: order.by_task(tried)},
+                "versions": versions(simulator),
+            },
         )
         shutil.rmtree(shelf.folder)
     return load_demonstrations(folder)

@@ -829,6 +829,26 @@ def read_dataset(
     return _Reader(Path(folder), state_key, action_key).read()
 
 
+def changed_files(folder: str | os.PathLike) -> list[str]:
+    """The files of a data set that are missing or not as they were written, by its checksums.
+
+    Without checksums nothing can be told, and their own file is what is missing.
+
+    Args:
+        folder: Of the data set.
+    """
+    root = Path(folder)
+    try:
+        checksums = json.loads((root / _CHECKSUMS).read_text(encoding="utf-8"))
+        return [
+            name
+            for name, checksum in checksums.items()
+            if not (root / name).is_file() or sha256(root / name) != checksum
+        ]
+    except (OSError, ValueError, AttributeError):  # not there, or not what was written
+        return [_CHECKSUMS]
+
+
 def dataset_key(folder: str | os.PathLike) -> str:
     """What tells a data set from others: 16 hexadecimal digits.
 
@@ -865,9 +885,14 @@ class _Reader:
         self.info = self._described("meta/info.json", self._json)
         version = self.info.get("codebase_version")
         if version != VERSION:
+            older = str(version).startswith(("v1.", "v2."))
             raise DataError(
                 f"{root} has the LeRobot format {version!r} and {VERSION!r} is read here. "
-                "lerobot converts: python -m lerobot.scripts.convert_dataset_v21_to_v30"
+                + (
+                    "lerobot converts: python -m lerobot.scripts.convert_dataset_v21_to_v30"
+                    if older
+                    else f"On the hub a data set may have a revision {VERSION!r}: take that"
+                )
             )
         self.features = self._features()
         for key in (state_key, action_key):

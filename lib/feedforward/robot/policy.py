@@ -537,7 +537,8 @@ class FlowPolicy(nn.Module):
             A scalar.
 
         Raises:
-            ValueError: a part is missing, too much, or of another shape.
+            ValueError: a part is missing, too much, or of another shape; on a processor also when
+                a state or an action that counts is not finite.
         """
         if missing := {"state", "actions", "mask", "text", "text_mask"} - batch.keys():
             raise ValueError(f"the batch has no {', '.join(sorted(missing))}")
@@ -550,6 +551,8 @@ class FlowPolicy(nn.Module):
         actions = (batch["actions"].to(self.action_mean) - self.action_mean) / self.action_std
         # what stands where no action counts may be anything, NaN as well
         actions = actions.masked_fill(~mask.unsqueeze(-1), 0.0)
+        if actions.device.type == "cpu":  # a GPU would have to be waited for
+            _require_finite(state=seen[0], actions=actions)
         noise = _draw(torch.randn, actions.shape, generator, actions.device).to(actions)
         times = sample_times(rows, generator=generator, device=actions.device).to(actions)
         t = times[:, None, None]
@@ -868,7 +871,7 @@ class Objective:
         switch: number of the first steps.
 
     Raises:
-        ValueError: a negative weight or number of steps.
+        ValueError: when the weights are no two numbers from 0, or `switch` is negative.
 
     >>> objective = Objective()
     >>> objective.weight(499), objective.weight(500)
@@ -876,7 +879,8 @@ class Objective:
     """
 
     def __init__(self, weights: tuple[float, float] = (0.01, 0.005), switch: int = 500):
-        if len(weights) != 2 or not all(0 <= weight < math.inf for weight in weights):
+        two = isinstance(weights, tuple | list) and len(weights) == 2
+        if not two or not all(0 <= weight < math.inf for weight in weights):
             raise ValueError(f"weights is {weights}; give two numbers from 0")
         if isinstance(switch, bool) or not isinstance(switch, int) or switch < 0:
             raise ValueError(f"switch is {switch!r}; give a whole number of steps from 0")
@@ -979,3 +983,12 @@ def _require_shape(
         raise ValueError(
             f"{name} has shape {tuple(tensor.shape)} of {tensor.dtype}; the policy takes {wanted}"
         )
+
+
+def _require_finite(**parts: Tensor) -> None:
+    for name, values in parts.items():
+        if not (sound := values.isfinite().flatten(1).all(dim=1)).all():
+            rows = (~sound).nonzero().flatten().tolist()
+            raise ValueError(
+                f"{name!r} of the batch is not finite in rows {rows}: look for it in the data"
+            )

@@ -27,7 +27,15 @@ from feedforward.layers.experts import collect_routing
 from feedforward.records import Record
 from feedforward.robot.policy import FlowPolicy, routes
 from feedforward.robot.scores import wilson
-from feedforward.robot.tasks import Images, Observation, Task, find_task, make_environment
+from feedforward.robot.tasks import (
+    Images,
+    Observation,
+    Task,
+    find_task,
+    is_count,
+    make_environment,
+    simulator_of,
+)
 from feedforward.timing import interleaved, threads
 
 #: From images by camera, each (B, H, W, 3) uint8, to features (B, C, F).
@@ -61,27 +69,31 @@ class Start:
 
 
 def make_starts(
-    tasks: Iterable[Task | str], episodes: int, *, seed: int = 0, held_out: bool = True
+    tasks: Iterable[Task | str] | Task | str,
+    episodes: int,
+    *,
+    seed: int = 0,
+    held_out: bool = True,
 ) -> tuple[Start, ...]:
     """The starts of an evaluation: the same for every policy.
 
     Args:
-        tasks: Tasks or their names.
+        tasks: Tasks or their names; one may stand for itself.
         episodes: Attempts at each.
         seed: Of the start states; they are not those of demonstrations.
         held_out: Ask with the wordings that no policy is trained on, in turns; else with the
             instruction itself.
 
     Raises:
-        ValueError: When there is no such task, or no episode is wanted.
+        ValueError: When there is no such task, or `episodes` is no whole number from 1.
 
     >>> [start.id for start in make_starts(["reach"], 2)]
     ['reach 0', 'reach 1']
     """
-    if episodes < 1:
-        raise ValueError(f"episodes is {episodes}; it must be at least 1")
+    if not is_count(episodes):
+        raise ValueError(f"episodes is {episodes}; give a whole number from 1")
     found = []
-    for each in tasks:
+    for each in [tasks] if isinstance(tasks, str | Task) else tasks:
         task = find_task(each) if isinstance(each, str) else each
         wordings = task.held_out if held_out else (task.instruction,)
         for number in range(episodes):
@@ -395,15 +407,17 @@ def roll_out(
         ActionError: When an action is not finite or has another size, with task and step.
         RolloutError: When a process was ended.
         RendererError: When images are wanted and there is no OpenGL.
-        ValueError: When a number is out of range.
+        ValueError: When a number is out of range, or the tasks have several simulators.
     """
     horizon = policy.config.horizon
     execute = horizon if execute is None else execute
-    if not starts or not 1 <= execute <= horizon or at_once < 1 or workers < 1:
+    whole = all(map(is_count, (execute, at_once, workers)))
+    if not starts or not whole or execute > horizon:
         raise ValueError(
             f"{len(starts)} starts, execute {execute}, at_once {at_once}, workers {workers}: give "
-            f"a start, execute from 1 to the horizon {horizon}, and the others from 1"
+            f"a start, execute from 1 to the horizon {horizon}, and the others from 1, all whole"
         )
+    simulator_of(start.task for start in starts)  # refuses what has none, or several
     if (images is None) != (encoder is None):
         raise ValueError("give images and their encoder together, or neither")
     policy.eval()
@@ -601,7 +615,12 @@ def plan_latency(
         steps: Euler steps.
         rounds: Repetitions.
         instruction: What they are told.
+
+    Raises:
+        ValueError: When there is no policy, or a number is too small.
     """
+    if not policies:
+        raise ValueError("policies is empty; give at least one to time, by its name")
     device = next(iter(policies.values())).position.device
     with threads(1):
         timed = interleaved(

@@ -52,6 +52,7 @@ from feedforward.robot.scores import exchanged_phase_information, rerouted, task
 from feedforward.robot.tasks import (
     Images,
     find_task,
+    is_count,
     phases,
     simulator_of,
     versions,
@@ -103,13 +104,13 @@ class Tuning:
     router_warmup: int = 10
 
     def __post_init__(self):
+        Objective(self.balance, self.switch)  # refuses what are no weights
         object.__setattr__(self, "balance", tuple(self.balance))
         if self.ffn != "dense" and self.hidden is not None:
             raise ValueError(f"hidden is {self.hidden}; experts are as wide as the parent's FFN")
         if self.ffn == "dense" and self.preserve:
             raise ValueError("preserve is of experts; ffn is 'dense'")
         _with_experts(PolicyConfig(state=1, action=1), self)  # what fits no parent
-        Objective(self.balance, self.switch)
         if not 0 < self.router_rate < math.inf or self.router_warmup < 0:
             raise ValueError(
                 f"router_rate is {self.router_rate} and router_warmup {self.router_warmup}; give a "
@@ -166,7 +167,7 @@ class Evaluation:
         held_out: Ask with wordings that no policy is trained on; else with the instruction itself.
 
     Raises:
-        ValueError: When one is below 1, or the seed below 0.
+        ValueError: When one is no whole number from 1, or the seed below 0.
     """
 
     episodes: int = 25
@@ -178,8 +179,8 @@ class Evaluation:
 
     def __post_init__(self):
         for name in ("episodes", "execute", "steps", "at_once"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if not is_count(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; give a whole number from 1")
         if self.seed < 0:
             raise ValueError(f"seed is {self.seed}; it must be at least 0")
 
@@ -193,8 +194,8 @@ class RobotConfig:
         policy: The dense parent.
         parent: Its training.
         tuning: What becomes of it; None leaves it as it is.
-        tasks: Their names, kept as `find_task` has them; without any nothing is simulated, and the
-            record has losses alone.
+        tasks: Their names, kept as `find_task` has them, or one of them; without any nothing is
+            simulated, and the record has losses alone.
         demonstrations: Of each task.
         evaluation: How it is scored.
         seed: Of weights, order of the data, and the demonstrations of scripted experts.
@@ -229,7 +230,9 @@ class RobotConfig:
 
     def __post_init__(self):
         for name in ("tasks", "long_tasks"):
-            found = tuple(find_task(each).name for each in getattr(self, name))
+            given = getattr(self, name)  # a name alone would be taken apart into letters
+            given = (given,) if isinstance(given, str) else given
+            found = tuple(find_task(each).name for each in given)
             if len(set(found)) < len(found):
                 raise ValueError(f"{name} names a task twice: {found}")
             object.__setattr__(self, name, found)
@@ -245,8 +248,8 @@ class RobotConfig:
             raise ValueError("scripted experts need tasks: name some")
         tuned(self.policy, self.tuning)
         for name in ("demonstrations", "batch"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} is {getattr(self, name)}; it must be at least 1")
+            if not is_count(getattr(self, name)):
+                raise ValueError(f"{name} is {getattr(self, name)}; give a whole number from 1")
         if self.seed < 0 or not 0 <= self.noise < math.inf:
             raise ValueError(f"seed is {self.seed} and noise {self.noise}; both are from 0")
         if self.tasks and self.evaluation.execute > self.policy.horizon:
@@ -310,7 +313,9 @@ def run(
         share of choices by expert, ``phase information`` and ``task information`` the bits that an
         expert tells about phase and task, a mean over the layers, with their shuffled counterparts
         and p, and ``loss with other experts`` is the last loss with each choice handed to the next
-        expert. ``simulator`` has the versions and the renderer.
+        expert. ``expert attempts`` is how often scripted experts tried for the demonstrations of
+        each task. ``data seconds`` went into collecting these, or reading what lay in the cache,
+        and into features of their images. ``simulator`` has the versions and the renderer.
 
     Raises:
         DataError: When demonstrations are missing or damaged.
@@ -393,6 +398,9 @@ def rollouts_of(
 
 def load_data(config: RobotConfig, *, progress: bool = True) -> Demonstrations:
     """The demonstrations of a run: collected once and kept in the cache, or read from a folder.
+
+    What the cache holds is collected anew where it is damaged; of a folder damaged episodes are
+    left out with a warning.
 
     Raises:
         DataError: When a folder is missing or no data set.
@@ -527,12 +535,15 @@ class _Training:
         self.code = run_directory(run, config).name.rpartition("-")[2]
         self._data: Demonstrations | None = None
         self._batches: _Batches | None = None
+        self.data_seconds = 0.0  # for demonstrations and the features of their images
 
     @property
     def data(self) -> Demonstrations:
         """Collected or read when they are first needed."""
         if self._data is None:
+            started = time.perf_counter()
             self._data = load_data(self.config, progress=self.progress)
+            self.data_seconds += time.perf_counter() - started
             _warn_of_rate(self.config, self._data)
         return self._data
 
@@ -540,7 +551,9 @@ class _Training:
     def batches(self) -> _Batches:
         """Likewise."""
         if self._batches is None:
-            self._batches = _Batches(self.config, self.data, self.device)
+            data, started = self.data, time.perf_counter()
+            self._batches = _Batches(self.config, data, self.device)
+            self.data_seconds += time.perf_counter() - started
         return self._batches
 
     def folder(self, tuned: bool) -> Path:
@@ -645,7 +658,7 @@ def _checkpoints(training: TrainingConfig) -> bool:
 
 
 def _measured(config, training, policy, logs, progress, device) -> Record:
-    started = time.perf_counter()
+    started, before = time.perf_counter(), training.data_seconds
     last = logs[-1]
     whole, expert = count(policy), count(policy.action_expert)
     metrics: dict[str, Any] = {
@@ -660,6 +673,8 @@ def _measured(config, training, policy, logs, progress, device) -> Record:
         "steps": [log["steps"] for log in logs],
         "frames": len(training.data),
     }
+    if training.data.attempts:
+        metrics["expert attempts"] = dict(training.data.attempts)
     metrics |= config.inputs()
     if config.tuning and config.tuning.ffn != "dense" and config.tuning.experts > 1:
         with rerouted(policy, _to_the_next_expert):
@@ -669,7 +684,8 @@ def _measured(config, training, policy, logs, progress, device) -> Record:
         metrics |= _scored(config, rollouts)
         if rollouts.attempts[0].experts is not None:
             metrics |= specialisation(rollouts, config.tuning.experts)
-    spent = time.perf_counter() - started + metrics["training seconds"]
+    metrics["data seconds"] = training.data_seconds
+    spent = before + metrics["training seconds"] + time.perf_counter() - started
     return Record.of(
         config,
         metrics=metrics,

@@ -10,10 +10,11 @@ from itertools import pairwise
 from statistics import NormalDist
 
 import numpy as np
-from torch import nn
+from torch import Tensor, nn
 
 from feedforward.layers.experts import MoE
 from feedforward.layers.routing import Routing
+from feedforward.robot.simulation import is_count
 
 
 def wilson(successes: int, attempts: int, *, level: float = 0.95) -> tuple[float, float]:
@@ -135,8 +136,10 @@ def task_information(
         seed: Of the permutations.
 
     Raises:
-        ValueError: When there is not one task for each episode, or one is below 0.
+        ValueError: When there is not one task for each episode, or one is below 0; or without a
+            permutation.
     """
+    _require_permutations(permutations)
     tasks = _labels("tasks", tasks, len(uses))
     own = np.stack([use.sum(0) for use in uses])
     rng = np.random.default_rng(seed)
@@ -169,8 +172,10 @@ def phase_information(
         seed: Of the permutations.
 
     Raises:
-        ValueError: When there is not one phase for each step, or one is below 0.
+        ValueError: When there is not one phase for each step, or one is below 0; or without a
+            permutation.
     """
+    _require_permutations(permutations)
     phases = _phases(phases, uses)
     count = 1 + max(int(phase.max()) for phase in phases)
     uses = [np.asarray(use, dtype=np.float64) for use in uses]
@@ -217,8 +222,9 @@ def exchanged_phase_information(
 
     Raises:
         ValueError: When there is not one task for each episode or one phase for each step, or one
-            is below 0.
+            is below 0; or without a permutation.
     """
+    _require_permutations(permutations)
     phases, tasks = _phases(phases, uses), _labels("tasks", tasks, len(uses))
     count = 1 + max(int(phase.max()) for phase in phases)
 
@@ -243,6 +249,11 @@ def exchanged_phase_information(
         return mutual_information(table)
 
     return _tested(bits(False), [bits(True) for _ in range(permutations)])
+
+
+def _require_permutations(permutations: int) -> None:
+    if not is_count(permutations):
+        raise ValueError(f"permutations is {permutations}; a p needs a whole number from 1")
 
 
 def _labels(name: str, given: Sequence[int], count: int) -> np.ndarray:
@@ -300,7 +311,7 @@ def rerouted(model: nn.Module, change: Callable[[Routing], Routing]) -> Iterator
 
     Raises:
         ValueError: When there is no layer with experts, or changed experts or weights have another
-            shape.
+            shape, or the layer has no such expert.
 
     >>> import torch
     >>> from feedforward import SwitchRouter
@@ -314,6 +325,8 @@ def rerouted(model: nn.Module, change: Callable[[Routing], Routing]) -> Iterator
     if not layers:
         raise ValueError(f"{type(model).__name__} has no layers with experts to reroute")
 
+    known: dict[tuple, Tensor] = {}  # looked at before: what is timed gives the same ones again
+
     def other(_router: nn.Module, _inputs: tuple, routing: Routing) -> Routing:
         changed = change(routing)
         for name in ("indices", "weights"):
@@ -322,9 +335,24 @@ def rerouted(model: nn.Module, change: Callable[[Routing], Routing]) -> Iterator
                 raise ValueError(
                     f"the changed {name} have shape {tuple(new)}; the router's have {tuple(own)}"
                 )
+        experts = routing.logits.shape[-1]
+        kind = (changed.indices.shape, experts)
+        if known.get(kind) is not changed.indices:
+            _require_experts(changed.indices, experts)
+            known[kind] = changed.indices
         return changed
 
     with ExitStack() as hooks:
         for layer in layers:
             hooks.enter_context(layer.router.register_forward_hook(other))
         yield
+
+
+def _require_experts(indices: Tensor, experts: int) -> None:
+    """Refuse experts that are not there: in their place memory would be read that nobody wrote."""
+    low, high = (int(end) for end in indices.aminmax()) if indices.numel() else (0, 0)
+    if low < 0 or high >= experts:
+        raise ValueError(
+            f"the changed indices go from {low} to {high}; the layer has the experts 0 to "
+            f"{experts - 1}"
+        )

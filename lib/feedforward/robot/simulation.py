@@ -15,6 +15,11 @@ from feedforward.profiles import unknown
 from feedforward.robot.rendering import Renderer
 
 
+def is_count(value: object) -> bool:
+    """Whether something is a whole number from 1."""
+    return isinstance(value, Integral) and not isinstance(value, bool) and value >= 1
+
+
 class ActionError(ValueError):
     """An action that cannot be carried out: names the task, the step and what was given."""
 
@@ -111,8 +116,7 @@ class Images:
         if isinstance(self.cameras, str):  # would be taken apart into letters
             raise ValueError(f"cameras is {self.cameras!r}; give names, as in ({self.cameras!r},)")
         object.__setattr__(self, "cameras", tuple(self.cameras))
-        whole = isinstance(self.size, Integral) and not isinstance(self.size, bool)
-        if not whole or self.size < 1 or not self.cameras:
+        if not is_count(self.size) or not self.cameras:
             raise ValueError(f"images need a whole size from 1 and a camera, not {self}")
         if len(set(self.cameras)) < len(self.cameras):
             raise ValueError(f"a camera is named twice: {self.cameras}")
@@ -260,7 +264,10 @@ class Environment:
 
         Raises:
             RendererError: When there is no OpenGL.
+            ValueError: When the size is no whole number from 1, or the scene has no such camera.
         """
+        if not is_count(size):
+            raise ValueError(f"size is {size!r}; give a whole number of pixels from 1")
         self._require_reset()
         model, data = self._scene()
         renderer = Renderer(model, size=size, cameras=(camera,))

@@ -25,6 +25,7 @@ from feedforward.robot.accounting import policy_cost, tuned
 from feedforward.robot.policy import CONFIGS, FlowPolicy, PolicyConfig
 from feedforward.robot.rollout import plan_latency
 from feedforward.robot.scores import rerouted
+from feedforward.timing import threads
 from feedforward.training import seed_everything
 
 EXPERIMENT = "adamoe-speed"
@@ -95,7 +96,12 @@ def run(
         ``latency ratio`` is the one over the other; ``, p95`` marks a 95th percentile, ``at n`` a
         plan for n robots together. ``FLOPs over dense`` are the action expert's, per token.
     """
-    device, start = resolve_device(str(device)), time.perf_counter()
+    with threads(1):  # on which plans are timed, and as many stand in the record
+        return _timed(config, resolve_device(str(device)))
+
+
+def _timed(config: PlanSpeedConfig, device: torch.device) -> Record:
+    start = time.perf_counter()
     seed_everything(config.seed)
     own = FlowPolicy(config.policy).to(device).eval()
     both = {"dense": FlowPolicy(config.reference).to(device).eval(), config.variant: own}
@@ -119,14 +125,13 @@ def run(
 
 def _in_turn(routing: Routing) -> Routing:
     """Each choice at its weight, of experts in turn."""
-    return routing._replace(
-        indices=_turns(*routing.indices.shape, routing.logits.shape[-1]).to(routing.indices.device)
-    )
+    (tokens, k), device = routing.indices.shape, routing.indices.device
+    return routing._replace(indices=_turns(tokens, k, routing.logits.shape[-1], device))
 
 
 @lru_cache
-def _turns(tokens: int, k: int, experts: int) -> Tensor:
-    return torch.arange(tokens * k).view(tokens, k) % experts
+def _turns(tokens: int, k: int, experts: int, device: torch.device) -> Tensor:
+    return torch.arange(tokens * k, device=device).view(tokens, k) % experts
 
 
 def grid(part: str, profile: str) -> Mapping[str, PlanSpeedConfig]:

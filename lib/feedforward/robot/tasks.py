@@ -21,6 +21,7 @@ from feedforward.robot.simulation import (
     Observation,
     Simulator,
     Task,
+    is_count,
 )
 
 __all__ = [
@@ -38,6 +39,7 @@ __all__ = [
     "Simulator",
     "Task",
     "find_task",
+    "is_count",
     "make_environment",
     "phases",
     "scene",

@@ -1,5 +1,6 @@
 """Replace the feed-forward layers of a model, or make mixtures of experts of them."""
 
+import math
 from collections.abc import Callable, Iterable, Sequence
 from typing import TypeVar
 
@@ -169,13 +170,13 @@ def upcycle(
         The model that was given.
 
     Raises:
-        ValueError: as in ``replace_ffn``; sizes that ``MoE`` refuses; a negative noise;
+        ValueError: as in ``replace_ffn``; sizes that ``MoE`` refuses; a noise below 0 or endless;
             `preserve` together with noise or a capacity, with a router whose weights depend on
             the token even when its matrices are nearly zero, or with `shared` where another part
             of the model uses the FFN's last weights. The model is then as it was.
     """
-    if noise < 0:
-        raise ValueError(f"noise is {noise}; a standard deviation is not negative")
+    if not 0 <= noise < math.inf:
+        raise ValueError(f"noise is {noise}; a standard deviation is finite and not negative")
     if preserve and (noise or capacity_factor is not None):
         raise ValueError(
             f"preserve=True with noise={noise} and capacity_factor={capacity_factor}: noise and "
