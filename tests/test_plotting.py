@@ -388,7 +388,7 @@ def test_caption_says_where_numbers_come_from():
     assert plotting.caption() == ""
 
 
-def test_caption_counts_the_steps_of_all_stages_of_a_policy():
+def test_caption_counts_the_steps_of_all_stages():
     def run(config):
         return replace(record("adamoe", 0, [1.0]), config=config)
 
@@ -396,6 +396,8 @@ def test_caption_counts_the_steps_of_all_stages_of_a_policy():
     assert ", 3,200 steps, a test" in plotting.caption(tuned)
     parent = run({"parent": {"steps": 2500}, "tuning": None})
     assert ", 2,500–3,200 steps, a test" in plotting.caption([tuned, parent])
+    both = run({"stages": [{"training": {"steps": 200}}, {"training": {"steps": 70}}]})
+    assert ", 270 steps, a test" in plotting.caption(both)
     assert " steps" not in plotting.caption(run({"stages": []}))
 
 

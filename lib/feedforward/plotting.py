@@ -504,7 +504,9 @@ def _steps(records: list[Record]) -> dict[str, set[int]]:
     found: dict[str, set[int]] = {}
     for config in (record.config for record in records):
         stages = [config.get("training") or config]
-        if config.get("parent"):  # a robot's policy, and what became of it
+        if config.get("stages"):
+            stages = [stage["training"] for stage in config["stages"]]
+        elif config.get("parent"):  # a robot's policy, and what became of it
             stages = [config["parent"], (config.get("tuning") or {}).get("training") or {}]
         # whose plans were timed, it is not trained
         unit = "Euler steps" if "rounds" in config else "steps"
