@@ -197,6 +197,14 @@ def test_table_shows_text_and_html():
     assert "background" not in html
 
 
+def test_table_keeps_numbers_and_their_signs_on_one_line():
+    shown = table([{"share": 0.5, "error": "-0.16 ± 0.04", "of": "63 %"}], formats={"share": ".0%"})
+    html = shown._repr_html_()
+    assert ">50\N{NO-BREAK SPACE}%<" in html
+    assert ">63\N{NO-BREAK SPACE}%<" in html
+    assert ">−0.16\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}0.04<" in html
+
+
 def test_table_of_a_data_frame_is_the_same():
     assert repr(table(pd.DataFrame(ROWS))) == repr(table(ROWS))
     assert "0.3333" in repr(table(ROWS))

@@ -192,10 +192,16 @@ class Table:
         scope = ' scope="col"' if tag == "th" else ""
         sides = ' style="text-align:left"', ' style="text-align:right"'
         marked = (
-            f"<{tag}{scope}{sides[right]}>{html.escape(with_minus(cell))}</{tag}>"
+            f"<{tag}{scope}{sides[right]}>{html.escape(_typeset(cell))}</{tag}>"
             for cell, right in zip(cells, self.numeric, strict=True)
         )
         return f"<tr>{''.join(marked)}</tr>"
+
+
+def _typeset(cell: str) -> str:
+    """The cell with minus signs, and with numbers that keep to their signs where lines break."""
+    spaced = re.sub(r"(?<=\d) ?%", "\N{NO-BREAK SPACE}%", with_minus(cell))
+    return spaced.replace(" ± ", "\N{NO-BREAK SPACE}±\N{NO-BREAK SPACE}")
 
 
 def table(rows: Any, *, caption: str = "", formats: Mapping[str, str] | None = None) -> Table:
